@@ -1,0 +1,123 @@
+"""The one random stream of the project: Philox4x32-10 in plain torch, the reference for kernels.
+
+Every random number of training and sampling is a pure function of (seed, step, stream, index), so
+noise can be regenerated instead of stored, a batch may be split or spread over ranks without
+changing a number, and a resumed run continues the very same sequence.
+
+Key and counter of the generator::
+
+    key     = (seed, step)                                  two 32-bit words
+    counter = (index low, index high, stream, layout)       four 32-bit words
+
+On the same key and counter the words equal ``tl.philox(seed + (step << 32), *counter)`` bit for
+bit. ``index`` is a global element index, ``(first_index + sample) * numel + element``, for the
+streams that draw per element, and a global sample index for those that draw per sample.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from robustdm.errors import UsageError
+
+# Part of every checkpoint: a run may only be resumed under the layout it was started with.
+LAYOUT_VERSION = 1
+
+WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """What a counter is used for. Numbers are part of the layout: never reuse or renumber."""
+
+    ELEMENT = 0  # per element of a training step: words 0, 1 -> eps; word 2 -> delta_ran
+    SAMPLE = 1  # per sample of a training step: word 0 -> t; word 1 -> beta
+    BATCH = 2  # per training step, index 0: word 1 -> the beta shared by the batch
+    DROPOUT = 3  # per (micro-)batch, index = first sample: words 0, 1 -> seed of the generator
+    ORDER = 4  # key (seed, epoch), per data item: words 0, 1 -> sort key of the shuffle
+    FLIP = 5  # per sample of a training step: word 0 -> horizontal flip
+    CORRUPT_CHOICE = 6  # key (seed, 0), per data item: word 0 -> corrupted or not
+    CORRUPT_NOISE = 7  # key (seed, 0), per element of the data set: words 0, 1 -> z
+    SYNTHETIC = 8  # key (seed, 0), per element of a synthetic data set
+    SAMPLER_INIT = 9  # key (seed, 0), per element of the generated samples: x_T
+    SAMPLER_STEP = 10  # key (seed, timestep), per element of the generated samples: z
+
+
+def check_word(name: str, value: int) -> int:
+    """Return ``value`` if it fits an unsigned 32-bit word, else raise a UsageError naming it."""
+    if not 0 <= int(value) <= WORD:
+        raise UsageError(f"{name} is {value}: it must be an integer from 0 to {WORD}")
+    return int(value)
+
+
+def philox(
+    seed: int, step: int, index: Tensor, stream: int, layout: int = LAYOUT_VERSION
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four independent 32-bit words for every index.
+
+    Args:
+        seed: first key word, 0 to 2**32 - 1.
+        step: second key word, 0 to 2**32 - 1.
+        index: (...) int64, the low and high counter words.
+        stream: third counter word.
+        layout: fourth counter word.
+
+    Returns:
+        Four int64 tensors shaped like ``index``, with values 0 to 2**32 - 1.
+    """
+    k0, k1 = check_word("seed", seed), check_word("step", step)
+    c0, c1 = index & WORD, (index >> 32) & WORD
+    c2, c3 = torch.full_like(index, int(stream)), torch.full_like(index, int(layout))
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (p1 >> 32).bitwise_and_(WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (p0 >> 32).bitwise_and_(WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(WORD), p0.bitwise_and_(WORD)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform in [0, 1) from the top 24 bits: exact in float32, hence equal on every device."""
+    return (word >> 8).to(dtype) * 2.0**-24
+
+
+def signed_uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform in (-1, 1), symmetric and never zero, from the top 23 bits; exact in float32."""
+    return (((word >> 9) << 1) + (1 - 2**23)).to(dtype) * 2.0**-23
+
+
+def normal(word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal by Box-Muller from two words; |z| < 6.8; equal to a few ulp across devices."""
+    u = (word0.to(dtype) * 2.0**-32).clamp_(min=2.0**-33)
+    angle = (word1.to(dtype) * 2.0**-32).mul_(2 * math.pi)
+    return u.log_().mul_(-2).sqrt_().mul_(angle.cos_())
+
+
+def element_index(first_index: int, shape: tuple[int, ...], device=None) -> Tensor:
+    """Global element indices of a batch: ``(first_index + sample) * numel + element``.
+
+    Args:
+        first_index: global index of the batch's first sample.
+        shape: (B, ...) shape of the batch.
+
+    Returns:
+        Tensor of ``shape``, int64.
+    """
+    numel = math.prod(shape[1:])
+    start = first_index * numel
+    return torch.arange(start, start + shape[0] * numel, device=device).view(shape)
+
+
+def shuffled(seed: int, epoch: int, size: int, device=None) -> Tensor:
+    """A permutation of ``range(size)`` that depends on (seed, epoch) alone: (size,) int64."""
+    high, low, _, _ = philox(seed, epoch, torch.arange(size, device=device), Stream.ORDER)
+    # 63 bits and a stable sort: ties are all but impossible and still resolved the same way.
+    return torch.argsort((high >> 1 << 32) | low, stable=True)

@@ -1,0 +1,295 @@
+"""The configuration of a training run: one dataclass, its presets, and its YAML form.
+
+Imports neither torch nor diffusers, so that ``--help`` and every usage error answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from robustdm.errors import UsageError
+
+LambdaMode = Literal["ray", "x", "std", "literal"]
+ObjectiveName = Literal["ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. The defaults are the README's recipe (digits)."""
+
+    preset: str = "digits"
+    """Named set of defaults: data, network and budget. Any flag overrides it."""
+    config: Path | None = None
+    """YAML file of fields; it overrides the preset, and flags override it."""
+
+    # Data.
+    data: Literal["digits", "plane", "gaussians", "subspace", "cifar10", "images"] = "digits"
+    """What to train on; `images` is any folder, EDM zip, .npy or .npz named by --data-dir."""
+    data_dir: Path | None = None
+    """Local copy of the data: a folder, zip, .npy or .npz."""
+    resolution: int = 8
+    """Side of the images in pixels; larger files are resized and centre-cropped."""
+    corrupt_fraction: float = 0.9
+    """Share of the training images that are corrupted, once and for all."""
+    corrupt_sigma: float = 0.2
+    """Standard deviation of the corruption's Gaussian noise; data range is [-1, 1]."""
+    point_noise: Literal["clean", "inlier", "outlier"] = "inlier"
+    """How the 3-D sets are spoilt: wider sampling, or points of a uniform grid."""
+    point_noise_level: float = 1.0
+    """inlier: standard deviation (data units) of the noise; outlier: share of grid points."""
+    num_points: int = 10_000
+    """Size of the generated sets (plane, gaussians, subspace)."""
+    subspace_rank: int = 5
+    """subspace: number of principal components that carry the signal."""
+    subspace_noise_dims: int = 27
+    """subspace in PCA coordinates: dimensions that carry noise alone."""
+    subspace_space: Literal["pca", "ambient"] = "pca"
+    """subspace: train in PCA coordinates (small network) or on whole images."""
+    holdout: float = 0.05
+    """Share of the data kept out of training, for the held-out loss."""
+    flip: bool = False
+    """Flip images left to right at random."""
+    max_bad: float = 0.01
+    """Share of unreadable files that is tolerated; they are listed in quarantine.txt."""
+    resident_gib: float = 8.0
+    """Image sets up to this size (as uint8) are held on the device; larger ones stream."""
+    workers: int = 4
+    """Processes that decode streamed images."""
+
+    # Objective.
+    objective: ObjectiveName = "robust_adv"
+    """Loss: plain DDPM, or DDPM with the equivariance (or a control's) regulariser."""
+    lambda_mode: LambdaMode = "ray"
+    """Reading of the paper's lambda_t; see Perturbation."""
+    lam: float = 0.3
+    """Strength of the regulariser."""
+    omega: float = 2.0
+    """Exponent of the perturbation radius."""
+    gamma: float = 8 / 255
+    """Floor of the perturbation radius, in units of x."""
+    beta_range: tuple[float, float] = (0.5, 2.0)
+    """Range of the random factor of the radius."""
+    beta_per: Literal["sample", "batch"] = "sample"
+    """Draw that factor once per sample or once per batch."""
+    detach_clean: bool = False
+    """Stop the regulariser's gradient through the clean prediction."""
+    share_dropout: bool = True
+    """Use one dropout mask for all forward passes of a step."""
+    lambda_max: float | None = None
+    """Upper bound of lambda_t."""
+    attack: Literal["output", "equivariance"] = "output"
+    """What the attack maximises: the change of the output (paper) or the residual itself."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule."""
+    timesteps: int = 1000
+    """Length of the diffusion."""
+
+    # Network.
+    network: Literal["unet", "mlp"] = "unet"
+    """diffusers UNet2DModel for images, residual MLP for points."""
+    block_channels: tuple[int, ...] = (32, 64)
+    """unet: channels per resolution level."""
+    layers_per_block: int = 1
+    """unet: residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = ()
+    """unet: image sides at which the levels have self-attention (the middle always has)."""
+    attention_head_dim: int | None = None
+    """unet: channels per attention head; None is a single head."""
+    norm_groups: int = 8
+    """unet: groups of the GroupNorms."""
+    scale_shift_norm: bool = False
+    """unet: time embedding as scale and shift of the norms (improved-diffusion)."""
+    dropout: float = 0.0
+    """unet: dropout rate."""
+    mlp_width: int = 64
+    """mlp: width of the layers."""
+    mlp_depth: int = 3
+    """mlp: number of residual layers."""
+
+    # Optimisation.
+    batch_size: int = 64
+    """Images per optimizer step."""
+    accumulate: int = 1
+    """Pieces a batch is computed in, one after the other, to save memory; same result."""
+    steps: int = 700
+    """Optimizer steps in all; a finished run can be extended."""
+    lr: float = 1e-3
+    """Learning rate of AdamW, constant after the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    ema_rates: tuple[float, ...] = (0.99,)
+    """Decay of each exponential moving average of the weights; samples use the first."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the network under autocast."""
+    compile: bool = False
+    """Compile the network with torch.compile; falls back to eager where that cannot work."""
+    seed: int = 0
+    """Decides weights, data order, noise and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    # The run.
+    out: Path = Path("runs/digits")
+    """Run directory."""
+    resume: bool = False
+    """Continue the run in --out from its newest sound checkpoint."""
+    stop_after: int | None = None
+    """Save and stop cleanly after this many optimizer steps of this process."""
+    max_time: float | None = None
+    """Save and stop cleanly after this many minutes."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    sample_every: int = 200
+    """Steps between sample grids (0: only at the end)."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints (0: only at the end)."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this (0: none)."""
+    num_samples: int = 64
+    """Samples in each preview grid and in the report."""
+    preview_steps: int = 50
+    """DDIM steps of the previews."""
+    clip_samples: bool = False
+    """Clip the predicted image to [-1, 1] while sampling."""
+    max_skipped: int = 10
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+    tensorboard: bool = False
+    """Also log to TensorBoard (extra `log`)."""
+    wandb: bool = False
+    """Also log to Weights & Biases (extra `log`)."""
+    dry_run: bool = False
+    """Check everything, print the plan and the memory estimate, and stop."""
+
+    def __post_init__(self):
+        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("data_dir", "out", "config"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Path(value))
+        self._check()
+
+    def _check(self) -> None:
+        def need(ok: bool, name: str, remedy: str) -> None:
+            if not ok:
+                raise UsageError(f"{name} is {getattr(self, name)!r}: {remedy}")
+
+        for name in ("batch_size", "accumulate", "steps", "timesteps", "resolution", "num_points",
+                     "layers_per_block", "norm_groups", "mlp_width", "mlp_depth", "log_every",
+                     "keep_last", "num_samples", "preview_steps", "max_skipped", "subspace_rank"):
+            need(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
+                     "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
+                     "point_noise_level", "subspace_noise_dims", "seed"):
+            need(getattr(self, name) >= 0, name, "it must not be negative")
+        for name in ("corrupt_fraction", "max_bad"):
+            need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")
+        need(0 <= self.holdout < 1, "holdout", "it is a share, from 0 to below 1")
+        need(0 <= self.dropout < 1, "dropout", "it is a probability, from 0 to below 1")
+        need(self.lr > 0, "lr", "it must be positive")
+        need(self.seed < 2**32, "seed", "it must be below 2**32")
+        need(self.steps < 2**32, "steps", "it must be below 2**32")
+        need(self.batch_size % self.accumulate == 0, "accumulate",
+             f"it must divide the batch size, {self.batch_size}")
+        need(len(self.ema_rates) > 0 and all(0 <= r < 1 for r in self.ema_rates), "ema_rates",
+             "give one or several decay rates, from 0 to below 1")
+        need(len(set(self.ema_rates)) == len(self.ema_rates), "ema_rates",
+             "the rates must differ from each other")
+        need(len(self.block_channels) > 0 and all(c % self.norm_groups == 0
+                                                  for c in self.block_channels),
+             "block_channels", f"each must be a multiple of norm_groups, {self.norm_groups}")
+        need(self.resolution % 2 ** (len(self.block_channels) - 1) == 0 or self.network == "mlp",
+             "resolution", f"it must be a multiple of {2 ** (len(self.block_channels) - 1)}, for "
+             f"the network halves it {len(self.block_channels) - 1} times")
+        need(self.stop_after is None or self.stop_after >= 1, "stop_after", "at least 1")
+        need(self.max_time is None or self.max_time > 0, "max_time", "it must be positive")
+        need(self.data != "images" or self.data_dir is not None, "data_dir",
+             "name the folder, zip, .npy or .npz to train on")
+
+    def to_dict(self) -> dict:
+        """Plain types only, as written to config.yaml: paths as strings, tuples as lists."""
+        plain = dataclasses.asdict(self)
+        return {
+            key: str(value) if isinstance(value, Path)
+            else list(value) if isinstance(value, tuple) else value
+            for key, value in plain.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "configuration") -> "TrainConfig":
+        """Build from plain types.
+
+        Raises:
+            UsageError: for an unknown field (naming the closest known one) or a wrong type.
+        """
+        return cls(**check_fields(values, source))
+
+
+# Every preset gives only what differs from the defaults above.
+_POINTS = dict(network="mlp", batch_size=512, steps=2500, lr=1e-3, warmup_steps=50,
+               ema_rates=(0.99,), log_every=50, sample_every=500, checkpoint_every=500,
+               num_samples=2000, preview_steps=100)
+_CIFAR = dict(data="cifar10", resolution=32, batch_size=128, steps=200_000, lr=1e-4,
+              warmup_steps=5000, ema_rates=(0.9999,), norm_groups=32, log_every=100,
+              sample_every=5000, checkpoint_every=5000, clip_samples=True, precision="bf16")
+PRESETS: dict[str, dict] = {
+    "digits": {},
+    "plane": dict(_POINTS, data="plane"),
+    "gaussians": dict(_POINTS, data="gaussians", point_noise="outlier", point_noise_level=0.2),
+    "subspace": dict(_POINTS, data="subspace", mlp_width=256, mlp_depth=4, batch_size=128,
+                     steps=3000, num_points=5000, corrupt_sigma=0.1, num_samples=500),
+    # The network of google/ddpm-cifar10-32: 35.7 M parameters, one attention head.
+    "cifar10": dict(_CIFAR, block_channels=(128, 256, 256, 256), layers_per_block=2,
+                    attention_resolutions=(16,), dropout=0.1),
+    # improved-diffusion's CIFAR-10 network: 52.5 M parameters, four heads of 64 channels.
+    "cifar10-iddpm": dict(_CIFAR, block_channels=(128, 256, 256, 256), layers_per_block=3,
+                          attention_resolutions=(16, 8), attention_head_dim=64, dropout=0.3,
+                          scale_shift_norm=True),
+    "celeba64": dict(_CIFAR, data="images", resolution=64, block_channels=(128, 256, 384, 512),
+                     layers_per_block=3, attention_resolutions=(16, 8), attention_head_dim=64,
+                     scale_shift_norm=True, dropout=0.1),
+    "imagenet64": dict(_CIFAR, data="images", resolution=64, steps=500_000,
+                       block_channels=(128, 256, 384, 512), layers_per_block=3,
+                       attention_resolutions=(16, 8), attention_head_dim=64,
+                       scale_shift_norm=True),
+    "lsun256": dict(_CIFAR, data="images", resolution=256,
+                    block_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2,
+                    attention_resolutions=(16,), resident_gib=0.0),
+    # A small network for a folder of one's own pictures.
+    "folder": dict(data="images", resolution=32, block_channels=(64, 128, 128),
+                   layers_per_block=2, attention_resolutions=(8,), norm_groups=32, lr=2e-4,
+                   batch_size=64, steps=20_000, warmup_steps=500, ema_rates=(0.999,),
+                   sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True),
+}
+
+
+def preset_values(name: str) -> dict:
+    """The fields a preset sets, with its run directory.
+
+    Raises:
+        UsageError: for an unknown preset.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}")
+    return {"preset": name, "out": Path("runs") / name, **PRESETS[name]}
+
+
+def check_fields(values: dict, source: str) -> dict:
+    """Reject unknown fields and values of the wrong type, naming source, field and remedy."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for key, value in values.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
+            raise UsageError(f"{source}: unknown field {key!r}; {hint}")
+    return values
