@@ -1,0 +1,74 @@
+"""From a configuration to a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from robustdm.errors import UsageError
+from robustdm.models.mlp import PointMLP
+from robustdm.training.config import TrainConfig
+
+
+def unet_config(config: TrainConfig, channels: int) -> dict:
+    """Arguments of diffusers' ``UNet2DModel`` for a configuration.
+
+    With ``scale_shift_norm`` the conventions are those of improved-diffusion (Nichol & Dhariwal
+    2021), without it those of DDPM as published in google/ddpm-cifar10-32 (Ho et al. 2020).
+    """
+    levels = len(config.block_channels)
+    attends = [config.resolution // 2**i in config.attention_resolutions for i in range(levels)]
+    improved = config.scale_shift_norm
+    return {
+        "sample_size": config.resolution,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": config.block_channels,
+        "layers_per_block": config.layers_per_block,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+        "attention_head_dim": config.attention_head_dim,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": 1e-5 if improved else 1e-6,
+        "attn_norm_num_groups": config.norm_groups if improved else None,
+        "resnet_time_scale_shift": "scale_shift" if improved else "default",
+        "downsample_padding": 1 if improved else 0,
+        "flip_sin_to_cos": improved,
+        "freq_shift": 0 if improved else 1,
+        "dropout": config.dropout,
+    }
+
+
+def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
+    """The network of a configuration, its initial weights decided by ``config.seed``.
+
+    Args:
+        config: the run's configuration.
+        shape: shape of one sample, (C, H, W) or (D,).
+
+    Returns:
+        A diffusers ``UNet2DModel`` (its output's ``.sample`` is the prediction) or a `PointMLP`.
+
+    Raises:
+        UsageError: if the network does not fit the data's shape.
+    """
+    wanted = 3 if config.network == "unet" else 1
+    if len(shape) != wanted:
+        other = "mlp" if config.network == "unet" else "unet"
+        raise UsageError(
+            f"network is {config.network!r} but a sample of the data has shape {tuple(shape)}: "
+            f"use --network {other}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        if config.network == "mlp":
+            return PointMLP(shape[0], config.mlp_width, config.mlp_depth)
+        head = config.attention_head_dim
+        if head and any(c % head for c in config.block_channels):
+            raise UsageError(
+                f"attention_head_dim is {head}: it must divide every one of block_channels, "
+                f"{config.block_channels}"
+            )
+        from diffusers import UNet2DModel
+
+        return UNet2DModel(**unet_config(config, shape[0]))
