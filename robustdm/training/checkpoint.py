@@ -1,0 +1,547 @@
+"""Checkpoints that can be trusted: safetensors and JSON, a sha256 manifest, one rename.
+
+A checkpoint is a directory ``checkpoints/step-00001234``::
+
+    model.safetensors, ema_0.99.safetensors, optimizer.safetensors, ...   tensors
+    state.json                                                            everything else
+    MANIFEST.json           size and sha256 of each file and of itself; written last
+
+It is written to ``.tmp-<uuid>`` beside its place, flushed to the disk file by file, and moved into
+place by a single rename: a crash, a full disk or a kill at any moment leaves the earlier ones as
+they were. Reading compares every byte with the manifest before any of it is parsed, and a damaged
+checkpoint falls back to the one before. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from robustdm.errors import RunError, UsageError
+
+FORMAT_VERSION = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
+_log = logging.getLogger("robustdm")
+_STEP = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few hundred
+_SPACE_MARGIN = 1 << 20  # bytes for state, manifest and headers
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; the earlier ones are untouched and the run may go on."""
+
+
+class _Damaged(Exception):
+    """One file of a checkpoint is not what was written; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose bytes were compared with its manifest."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict
+
+
+# Writing.
+
+
+def save_checkpoint(
+    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict
+) -> Path:
+    """Write ``root/step-<step>`` in full or not at all.
+
+    Args:
+        root: the directory of all checkpoints of the run; created where it is missing.
+        step: optimizer steps done so far.
+        tensors: file name without suffix -> tensors by name, of any device, layout and sharing.
+        state: JSON-able values; "step" is added.
+
+    Returns:
+        The checkpoint's directory. One of the same step is replaced.
+
+    Raises:
+        CheckpointError: it could not be written (disk full, quota, permissions); nothing of it is
+            left and the earlier checkpoints are as they were.
+    """
+    for name in tensors:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a file of a checkpoint")
+    root = Path(root)
+    final = root / f"step-{step:08d}"
+    staging = root / f".tmp-{uuid.uuid4().hex}"
+    old = _aside(final)
+    state_json = json.dumps({**state, "step": step}, indent=1).encode()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_space(root, tensors, len(state_json))
+        staging.mkdir()
+        files = {
+            f"{name}.safetensors": _write_file(staging / f"{name}.safetensors", _chunks(group))
+            for name, group in tensors.items()
+        }
+        files[STATE] = _write_file(staging / STATE, [state_json])
+        _write_file(staging / MANIFEST, [_manifest_bytes(step, files)])
+        _sync_directory(staging)
+        if final.exists():
+            # A directory cannot be renamed onto a full one. Until the second rename the old
+            # checkpoint is found under its other name, so there is always one to be loaded.
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(staging, final)
+        _sync_directory(root)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if old.exists() and not final.exists():
+                os.rename(old, final)
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"the checkpoint of step {step} was not written to {root}: "
+                f"{error.strerror or error}; earlier checkpoints are untouched, make room or "
+                "choose another --out"
+            ) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint waits while its replacement is moved into its place."""
+    return final.with_name(f".old-{final.name}")
+
+
+def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], extra: int) -> None:
+    need = extra + _SPACE_MARGIN + sum(
+        t.numel() * t.element_size() for group in tensors.values() for t in group.values()
+    )
+    free = shutil.disk_usage(root).free
+    if need > free:
+        reason = f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+        raise OSError(errno.ENOSPC, reason)
+
+
+def _chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor at a time: no second copy of a network is held.
+
+    The library's own writer does not fit: it leaves files of mode 0600, refuses tensors that share
+    memory, and cannot hash what it writes.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
+    """
+    # Larger elements first, so that every tensor is aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"tensor {name!r}: a checkpoint cannot hold {tensor.dtype}")
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+    """Write and flush to the disk; the manifest's entry is made of what was meant to be written."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems keep no directories to flush.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _manifest_bytes(step: int, files: dict[str, dict], version: int = FORMAT_VERSION) -> bytes:
+    content = {"format": version, "step": step, "files": files}
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+# Reading.
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint directory, sound or not, oldest first."""
+    found: dict[int, Path] = {}
+    try:
+        entries = sorted(Path(root).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for path in entries:
+        # ".old-step-..." sorts first, hence counts only where its replacement never arrived.
+        if match := _STEP.fullmatch(path.name.removeprefix(".old-")):
+            found[int(match[1])] = path
+    return sorted(found.items())
+
+
+def load_newest(
+    root: Path, names: Iterable[str] | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint | None:
+    """Load the newest sound checkpoint; a damaged one is skipped with a warning.
+
+    Args:
+        root: the directory of all checkpoints.
+        names: load, and hence compare with the manifest, these tensor files only; None is all.
+        device: where the tensors go.
+
+    Returns:
+        The checkpoint, or None where there is none at all.
+
+    Raises:
+        RunError: there are checkpoints, but none is sound.
+        UsageError: a sound checkpoint does not hold one of ``names``.
+    """
+    names = None if names is None else list(names)
+    while True:
+        entries = list_checkpoints(root)
+        reasons = []
+        for _, path in reversed(entries):
+            try:
+                return _load(path, names, device)
+            except _Damaged as damage:
+                reasons.append(f"{path.name}: {damage}")
+        # A run that is going on may have replaced all of them meanwhile.
+        if entries == list_checkpoints(root):
+            break
+    if not entries:
+        return None
+    raise RunError(
+        f"no checkpoint in {root} is sound ({'; '.join(reasons)}); put back a copy of one, or "
+        "start again with another --out"
+    )
+
+
+def load_checkpoint(
+    path: Path, names: Iterable[str] | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Load exactly this checkpoint directory; arguments as for :func:`load_newest`.
+
+    Raises:
+        RunError: it is damaged; the message names file and reason.
+        UsageError: there is no such directory, or it does not hold one of ``names``.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"there is no checkpoint at {path}: name a directory like step-00001000")
+    try:
+        return _load(path, None if names is None else list(names), device)
+    except _Damaged as damage:
+        raise RunError(f"the checkpoint {path} is damaged: {damage}; use another one") from None
+
+
+def verify(path: Path) -> list[str]:
+    """Compare every file of a checkpoint with its manifest: the problems found, [] if sound."""
+    path = Path(path)
+    try:
+        _, files = _read_manifest(path)
+    except _Damaged as damage:
+        return [str(damage)]
+    problems = []
+    for name, entry in files.items():
+        try:
+            _read_file(path / name, entry)
+        except _Damaged as damage:
+            problems.append(str(damage))
+    return problems
+
+
+def _load(path: Path, names: list[str] | None, device: str | torch.device) -> Checkpoint:
+    step, files = _read_manifest(path)
+    held = [name.removesuffix(".safetensors") for name in files if name != STATE]
+    wanted = held if names is None else names
+    for name in wanted:
+        if name not in held:
+            raise UsageError(f"the checkpoint {path} holds no {name!r}, but {', '.join(held)}")
+    try:
+        state = json.loads(_read_file(path / STATE, files[STATE]))
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"{STATE}: {error}") from None
+    if not isinstance(state, dict):
+        raise _Damaged(f"{STATE}: not a JSON object")
+    tensors = {}
+    for name in wanted:
+        file = f"{name}.safetensors"
+        try:
+            # The very bytes that were compared are parsed: the file is not opened again.
+            group = safetensors.torch.load(_read_file(path / file, files[file]))
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise _Damaged(f"{file}: {error}") from None
+        tensors[name] = {key: tensor.to(device) for key, tensor in group.items()}
+    return Checkpoint(step, path, tensors, state)
+
+
+def _read_manifest(path: Path) -> tuple[int, dict[str, dict]]:
+    """(step, file -> {size, sha256}) of a manifest that is whole and of this format."""
+    try:
+        with open(path / MANIFEST, "rb") as file:
+            raw = file.read(_MANIFEST_LIMIT + 1)
+    except FileNotFoundError:
+        raise _Damaged(f"{MANIFEST}: missing, the checkpoint is not complete") from None
+    except OSError as error:
+        raise _Damaged(f"{MANIFEST}: {error.strerror}") from None
+    try:
+        if len(raw) > _MANIFEST_LIMIT:
+            raise ValueError
+        content = json.loads(raw)
+        version, step, files = content["format"], content["step"], content["files"]
+        # Byte for byte what this library would write: no flipped bit can hide, not even in space.
+        whole = raw == _manifest_bytes(step, files, version)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise _Damaged(f"{MANIFEST}: its content does not have the sha256 it states")
+    if version != FORMAT_VERSION:
+        raise _Damaged(f"{MANIFEST}: format {version} is unknown, this is format {FORMAT_VERSION}")
+    if not isinstance(step, int) or not isinstance(files, dict) or STATE not in files:
+        raise _Damaged(f"{MANIFEST}: it lists no {STATE}")
+    match = _STEP.fullmatch(path.name.removeprefix(".old-"))
+    if match and int(match[1]) != step:
+        raise _Damaged(f"{MANIFEST}: it is of step {step}")
+    for name, entry in files.items():
+        stem = name.removesuffix(".safetensors")
+        if name != STATE and (stem == name or not _NAME.fullmatch(stem)):
+            raise _Damaged(f"{MANIFEST}: {name!r} is no file of a checkpoint")
+        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+            raise _Damaged(f"{MANIFEST}: the entry of {name} is not a size and a sha256")
+    return step, files
+
+
+def _check_size(path: Path, entry: dict) -> None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise _Damaged(f"{path.name}: missing") from None
+    except OSError as error:
+        raise _Damaged(f"{path.name}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _Damaged(f"{path.name}: not a regular file")
+    if status.st_size != entry["size"]:
+        raise _Damaged(f"{path.name}: {status.st_size} bytes instead of {entry['size']}")
+
+
+def _read_file(path: Path, entry: dict) -> bytes:
+    _check_size(path, entry)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(entry["size"])
+    except OSError as error:
+        raise _Damaged(f"{path.name}: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise _Damaged(f"{path.name}: its sha256 is not the manifest's, some of it has changed")
+    return data
+
+
+# Keeping and clearing.
+
+
+def prune(root: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Remove checkpoints that are no longer wanted; call it after a save that succeeded.
+
+    Kept are the newest ``keep_last`` whose files have the right sizes, every one whose step is a
+    multiple of ``keep_every`` (0: none), and all from the newest one on that verifies in full.
+
+    Returns:
+        The directories removed.
+    """
+    newest_first = list_checkpoints(root)[::-1]
+    sound = next((step for step, path in newest_first if not verify(path)), None)
+    if sound is None:
+        return []
+    removed, kept = [], 0
+    for step, path in newest_first:
+        whole = _looks_whole(path)
+        wanted = whole and kept < keep_last
+        kept += whole
+        if wanted or step >= sound or (whole and keep_every and step % keep_every == 0):
+            continue
+        if _remove(path):
+            removed.append(path)
+    return removed
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        for name, entry in _read_manifest(path)[1].items():
+            _check_size(path / name, entry)
+    except _Damaged:
+        return False
+    return True
+
+
+def _remove(path: Path) -> bool:
+    # Renamed first: a kill while its files go leaves a stale directory, not half a checkpoint.
+    doomed = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        os.rename(path, doomed)
+    except OSError as error:
+        _log.warning("the old checkpoint %s was not removed: %s", path, error.strerror)
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def clean_stale(root: Path) -> None:
+    """Clear what dead writers left in ``root``; only for the process that holds the run's lock."""
+    root = Path(root)
+    if not root.is_dir():
+        return
+    for path in root.glob(".old-step-*"):
+        final = root / path.name.removeprefix(".old-")
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, final)
+    for path in root.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# Networks and optimizers.
+
+
+def check_model_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise a UsageError, with at most three names, unless ``tensors`` fit the network."""
+    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [
+        f"parameter {name} has shape {found[name]}, the network needs {shape}"
+        for name, shape in needed.items() if name in found and found[name] != shape
+    ]
+    problems += [f"parameter {name} is missing" for name in needed if name not in found]
+    problems += [f"parameter {name} is unknown to the network" for name in found
+                 if name not in needed]
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UsageError(
+            f"checkpoint of another architecture: {'; '.join(problems[:3])}{more}; use the "
+            "configuration that it was trained with"
+        )
+
+
+# How the update is computed on this machine, not what it computes: never taken from a checkpoint.
+_LOCAL_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as named tensors and a JSON-able rest.
+
+    Returns:
+        ``{"<parameter number>.<key>": tensor}`` (AdamW: exp_avg, exp_avg_sq, step) and
+        ``{"param_groups": [...]}`` with the hyper-parameters.
+    """
+    saved = optimizer.state_dict()
+    tensors = {
+        f"{number}.{key}": torch.as_tensor(value)
+        for number, entry in saved["state"].items() for key, value in entry.items()
+    }
+    groups = [
+        {
+            key: value.item() if isinstance(value, Tensor)
+            else list(value) if isinstance(value, tuple) else value
+            for key, value in group.items() if key not in _LOCAL_OPTIONS
+        }
+        for group in saved["param_groups"]
+    ]
+    return tensors, {"param_groups": groups}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict
+) -> None:
+    """Restore what :func:`optimizer_tensors` gave, hyper-parameters (with the lr) included.
+
+    Raises:
+        UsageError: the state is that of another architecture.
+    """
+    current = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [
+        name for group in current["param_groups"]
+        for name in group.get("param_names", map(str, group["params"]))
+    ]
+    saved_groups = rest["param_groups"]
+    if [g["params"] for g in saved_groups] != [g["params"] for g in current["param_groups"]]:
+        count = sum(len(group["params"]) for group in saved_groups)
+        _refuse([f"it has {count} parameters in {len(saved_groups)} groups, the network needs "
+                 f"{len(parameters)} in {len(current['param_groups'])}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        if not number.isdigit() or int(number) >= len(parameters):
+            problems.append(f"parameter {name} is unknown to the network")
+            continue
+        needed = () if key == "step" else tuple(parameters[int(number)].shape)
+        if tuple(tensor.shape) != needed:
+            problems.append(f"parameter {names[int(number)]} has shape {tuple(tensor.shape)}, "
+                            f"the network needs {needed}")
+        # torch moves the step to the device only where the update wants it there.
+        state.setdefault(int(number), {})[key] = tensor.cpu() if key == "step" else tensor
+    _refuse(problems)
+    groups = []
+    for saved, own, live in zip(
+        saved_groups, current["param_groups"], optimizer.param_groups, strict=True
+    ):
+        group = {**own, **saved}
+        for key, value in live.items():
+            if isinstance(value, Tensor):
+                group[key] = torch.full_like(value, saved[key])
+            elif isinstance(value, tuple):
+                group[key] = tuple(group[key])
+        groups.append(group)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
