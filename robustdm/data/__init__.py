@@ -1,0 +1,121 @@
+"""Training data behind one small interface: ``load_data(config)`` and ``batches(...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from robustdm.data.base import Data, TensorData
+from robustdm.data.corruption import Corruption
+from robustdm.data.digits import DigitsData, load_digits
+from robustdm.data.points import GaussiansData, PlaneData, PointData
+from robustdm.data.subspace import SubspaceData, principal_components
+from robustdm.errors import UsageError
+from robustdm.random import Stream, philox, shuffled, uniform
+
+if TYPE_CHECKING:
+    from robustdm.training.config import TrainConfig
+
+__all__ = [
+    "Corruption", "Data", "DigitsData", "GaussiansData", "PlaneData", "PointData", "SubspaceData",
+    "TensorData", "batches", "load_data",
+]
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Build the training set that a configuration names.
+
+    The corruption (``corrupt_fraction``, ``corrupt_sigma``) applies to images and subspace data;
+    the 3-D sets have ``point_noise`` instead.
+
+    Raises:
+        UsageError: if the data are missing, empty, or not what the configuration says.
+        RunError: if more than ``max_bad`` of the files are broken.
+    """
+    if config.data in ("digits", "plane", "gaussians") and config.data_dir is not None:
+        raise UsageError(
+            f"data_dir is {str(config.data_dir)!r}: {config.data} needs none; use --data images "
+            "for pictures of your own"
+        )
+    common = dict(holdout=config.holdout, seed=config.seed)
+    corruption = Corruption(config.corrupt_fraction, config.corrupt_sigma, config.seed)
+    if config.data == "digits":
+        if config.resolution != 8:
+            raise UsageError(f"resolution is {config.resolution}: the digits are 8x8, set it to 8")
+        data = DigitsData(corruption, **common)
+    elif config.data in ("plane", "gaussians"):
+        kind = PlaneData if config.data == "plane" else GaussiansData
+        data = kind(config.data, config.point_noise, config.point_noise_level,
+                    config.num_points, **common)
+    elif config.data == "subspace":
+        data = _subspace(config, corruption)
+    else:
+        from robustdm.data.images import image_data
+
+        data = image_data(config, corruption)
+    if config.flip and not data.is_image:
+        raise UsageError(f"flip is True: {config.data} has no images to flip, leave it out")
+    return data
+
+
+def _subspace(config: TrainConfig, corruption: Corruption) -> SubspaceData:
+    from robustdm.data.base import sha256_of, to_float
+
+    if config.data_dir is None:
+        images = load_digits()
+    else:
+        from robustdm.data.images import images_for_subspace
+
+        images = images_for_subspace(config)
+    rank = config.subspace_rank
+    mean, sds, basis = principal_components(to_float(images), rank)
+    source = sha256_of(images)
+    common = dict(count=config.num_points, corruption=corruption, holdout=config.holdout,
+                  seed=config.seed, source=source)
+    if config.subspace_space == "pca":
+        return SubspaceData.from_sds(sds, config.subspace_noise_dims, **common)
+    if images.shape[-1] != config.resolution:
+        raise UsageError(
+            f"resolution is {config.resolution}: the images of the subspace are "
+            f"{images.shape[-1]}x{images.shape[-1]}, set it to {images.shape[-1]}"
+        )
+    return SubspaceData(sds, mean, basis, tuple(images.shape[1:]), **common)
+
+
+def _order(size: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
+    """Indices (batch_size,) of every step from ``step`` on: sample k of the run is item k modulo
+    ``size`` of the permutation of epoch k // size.
+    """
+    epoch, permutation = -1, torch.empty(0)
+    while True:
+        pieces, k, end = [], step * batch_size, (step + 1) * batch_size
+        while k < end:
+            if k // size != epoch:
+                epoch = k // size
+                permutation = shuffled(seed, epoch, size)
+            piece = permutation[k % size : k % size + end - k]
+            pieces.append(piece)
+            k += len(piece)
+        yield torch.cat(pieces)
+        step += 1
+
+
+def batches(
+    data: Data, config: TrainConfig, start_step: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The endless training stream from a step on; a pure function of the step.
+
+    Yields:
+        x (batch_size, *shape) float32 on the device, and its indices (batch_size,) int64 on the
+        host. A streamed image that cannot be read is replaced by the next one, in both.
+    """
+    order = _order(len(data), config.batch_size, config.seed, start_step)
+    for step, (x, indices) in enumerate(data.stream(order, device, config.workers), start_step):
+        if config.flip:
+            sample = torch.arange(len(x), device=x.device)
+            word, _, _, _ = philox(config.seed, step, sample, Stream.FLIP)
+            x = torch.where((uniform(word) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+        yield x, indices
