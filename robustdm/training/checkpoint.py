@@ -45,6 +45,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MANIFEST_LIMIT = 1 << 20  # bytes; a real one has a few hundred
 _SPACE_MARGIN = 1 << 20  # bytes for state, manifest and headers
+_WRONG = (ValueError, TypeError, KeyError)  # what parsing foreign text may raise
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -316,7 +317,7 @@ def _load(path: Path, names: list[str] | None, device: str | torch.device) -> Ch
         try:
             # The very bytes that were compared are parsed: the file is not opened again.
             group = safetensors.torch.load(_read_file(path / file, files[file]))
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (safetensors.SafetensorError, RuntimeError, *_WRONG) as error:
             raise _Damaged(f"{file}: {error}") from None
         tensors[name] = {key: tensor.to(device) for key, tensor in group.items()}
     return Checkpoint(step, path, tensors, state)
@@ -338,7 +339,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, dict]]:
         version, step, files = content["format"], content["step"], content["files"]
         # Byte for byte what this library would write: no flipped bit can hide, not even in space.
         whole = raw == _manifest_bytes(step, files, version)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (RecursionError, *_WRONG):
         whole = False
     if not whole:
         raise _Damaged(f"{MANIFEST}: its content does not have the sha256 it states")

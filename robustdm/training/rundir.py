@@ -1,0 +1,366 @@
+"""The directory of a run: who may write to it, and what it says about the run.
+
+    config.yaml      the resolved configuration
+    run.json         provenance: data, network, and for each start its command, versions, machine
+    metrics.jsonl    one JSON object per line, in the order of the steps
+    checkpoints/     see robustdm.training.checkpoint
+    run.lock         held (flock) by the process that is writing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import yaml
+
+from robustdm.errors import RunError, UsageError
+from robustdm.training.config import TrainConfig
+
+CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
+
+_log = logging.getLogger("robustdm")
+_CONFIG_LIMIT = 1 << 20  # bytes
+
+# What a resumed run may change, and why it stays the same run. All other fields decide the
+# sequence of weights: changing one would make a run that no configuration describes.
+CHANGEABLE = {
+    **dict.fromkeys(("preset", "config", "out", "resume", "dry_run"),
+                    "names and switches of the command; what they lead to is compared itself"),
+    **dict.fromkeys(("steps", "stop_after", "max_time"), "length of the run: it can be extended"),
+    **dict.fromkeys(("log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every",
+                     "tensorboard", "wandb"), "what is written on the way"),
+    **dict.fromkeys(("num_samples", "preview_steps", "clip_samples"), "the previews alone"),
+    **dict.fromkeys(("device", "compile", "accumulate", "workers", "resident_gib"),
+                    "where and how the same step is computed: machines differ"),
+    **dict.fromkeys(("data_dir", "max_bad"), "the content of the data is compared by its sha256"),
+    "max_skipped": "when to give up",
+    "lr": "constant after the warm-up, so a later value is a common and clear correction",
+}
+
+
+class RunDir:
+    """A run directory that this process alone may write to, from ``open`` until ``close``."""
+
+    def __init__(self, path: Path, lock: int):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self._lock = lock
+        self._metrics: int | None = None
+        self._torn = False
+
+    @classmethod
+    def open(cls, path: Path, config: TrainConfig, resume: bool) -> RunDir:
+        """Check and lock the directory, creating it for a new run. Writes nothing but the lock.
+
+        Raises:
+            UsageError: it holds another run or other files; it is no run (``resume``); the
+                configuration asked for would make it another run; another process is writing.
+            RunError: it cannot be created.
+        """
+        path = Path(path)
+        _check_use(path, resume)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
+        except OSError as error:
+            raise RunError(f"cannot write to {path}: {error.strerror}; choose another --out"
+                           ) from error
+        try:
+            # Again, now that nobody else can write: two runs may have started at once.
+            _check_use(path, resume)
+            if resume:
+                _check_config(path, config)
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, lock)
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock. The lock file stays: removing it could free another process's."""
+        self._close_metrics()
+        if self._lock >= 0:
+            _release(self._lock)
+            self._lock = -1
+
+    def record(self, config: TrainConfig, **facts) -> None:
+        """Write config.yaml and run.json; call it once everything is checked, before step one.
+
+        Args:
+            config: the resolved configuration.
+            facts: JSON-able facts of the run, such as ``data``, ``network``, ``parameters``.
+        """
+        run_json = self.path / RUN
+        sessions = []
+        if run_json.exists():
+            with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+                sessions = list(json.loads(run_json.read_bytes())["sessions"])
+        sessions.append(provenance())
+        write_text(self.path / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_json(run_json, {**facts, "sessions": sessions})
+
+    def append_metrics(self, line: dict) -> None:
+        """Append one line to metrics.jsonl. A full disk costs the line and a warning, not the run.
+
+        Numbers of numpy and torch become plain ones, and those that are not finite become null.
+        """
+        data = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        path = self.path / METRICS
+        try:
+            if self._metrics is None:
+                self._metrics = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            # Straight to the system: what is written is there for readers, and after a kill.
+            if self._torn:
+                data = b"\n" + data
+            written = os.write(self._metrics, data)
+            self._torn = written < len(data)
+            if self._torn:
+                raise OSError(None, "only part of the line was written")
+        except OSError as error:
+            _log.warning("a line of %s was lost: %s", path, error.strerror)
+
+    def truncate_metrics(self, step: int) -> dict | None:
+        """Drop the lines after ``step``, and torn ones: a resumed run writes them again.
+
+        Returns:
+            The last line that is left, or None.
+        """
+        self._close_metrics()
+        path = self.path / METRICS
+        if not path.exists():
+            return None
+        kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept[-1] if kept else None
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._metrics = None
+
+
+# Reading and writing single files.
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without those that a kill or a full disk tore."""
+    lines = []
+    for raw in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(raw)
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
+
+
+def read_config(path: Path) -> dict:
+    """The plain configuration of the run in directory ``path``.
+
+    Raises:
+        UsageError: it is no run directory, or its config.yaml cannot be read.
+    """
+    file = Path(path) / CONFIG
+    if not Path(path).is_dir():
+        raise UsageError(f"{path} is not a run: there is no such directory")
+    try:
+        with open(file, "rb") as handle:
+            text = handle.read(_CONFIG_LIMIT + 1)
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not a run: it has no {CONFIG}") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        values = yaml.safe_load(text) if len(text) <= _CONFIG_LIMIT else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{file} is not the configuration of a run: put back a copy of it")
+    return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one rename, so that readers see the old or the new one, never a part.
+
+    Raises:
+        RunError: it could not be written; the old file is as it was.
+    """
+    path = Path(path)
+    staging = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    try:
+        with open(staging, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staging.unlink()
+        raise RunError(f"{path} was not written: {error.strerror}; make room or choose another "
+                       "--out") from error
+
+
+def write_json(path: Path, value) -> None:
+    """Like :func:`write_text`, for a JSON-able value; numbers as in ``append_metrics``."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value
+
+
+# May this process use the directory?
+
+
+def _check_use(path: Path, resume: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"out is {path}: that is a file, name a directory")
+    entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    is_run = CONFIG in entries
+    if resume:
+        if not is_run:
+            what = f"it has no {CONFIG}" if entries else "it is empty or does not exist"
+            raise UsageError(f"cannot resume {path}: {what}; name the --out of a run, or leave out "
+                             "--resume to start one")
+        return
+    # A run that died before it had anything to lose may be started again.
+    started = any((path / name).exists() and (path / name).stat().st_size > 0
+                  for name in (METRICS, "summary.json"))
+    started |= any((path / "checkpoints").glob("*step-*"))
+    if is_run and started:
+        raise UsageError(f"out is {path}: it holds a run; add --resume to continue that one, or "
+                         "choose another --out")
+    others = sorted(entries - {LOCK})
+    if not is_run and others:
+        raise UsageError(f"out is {path}: it is not empty (it holds {others[0]!r}) and no run; "
+                         "choose a new or empty directory")
+
+
+def _check_config(path: Path, config: TrainConfig) -> None:
+    saved, asked = read_config(path), config.to_dict()
+    # A field that an older version did not know had the value that is now its default.
+    default = TrainConfig().to_dict()
+    changes = [
+        f"{name} is {saved.get(name, default[name])!r} there, {value!r} was asked for"
+        for name, value in asked.items()
+        if name not in CHANGEABLE and saved.get(name, default[name]) != value
+    ]
+    if changes:
+        raise UsageError(f"cannot resume {path} as another run: {'; '.join(changes)}; drop the "
+                         "change, or start a new run with another --out")
+
+
+def check_same_data(saved: dict, found: dict, path: Path) -> None:
+    """Raise a UsageError where the data's identity is not the one the run was started with."""
+    found = _plain(found)
+    changes = [f"{key} was {saved.get(key)!r} and is {found.get(key)!r}"
+               for key in {**saved, **found} if saved.get(key) != found.get(key)]
+    if changes:
+        raise UsageError(f"cannot resume {path} on other data: {'; '.join(changes)}; name the data "
+                         "it was started with in --data-dir, or choose another --out")
+
+
+# A forked data worker that outlives a killed run must not keep its lock.
+_held: set[int] = set()
+
+
+def _close_inherited() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _take_lock(path: Path) -> int:
+    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 32).decode("ascii", "replace").strip()
+        os.close(handle)
+        raise UsageError(f"another process (pid {owner or 'unknown'}) is writing to {path}: wait "
+                         "for it, or choose another --out") from None
+    except OSError as error:
+        # Some network file systems have no locks: better to run than to refuse.
+        _log.warning("%s cannot be locked (%s): start no second run in it", path, error.strerror)
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    _held.add(handle)
+    return handle
+
+
+def _release(handle: int) -> None:
+    _held.discard(handle)
+    os.close(handle)
+
+
+# Provenance.
+
+
+def provenance() -> dict:
+    """Where, when and by which versions this process runs; JSON-able."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in ("robustdm", "torch", "numpy", "diffusers", "safetensors", "triton", "xformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+        "git": git_revision(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the package, ending in "-dirty" with local changes; None where it has no git."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie in somebody else's repository, which does not track it.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
