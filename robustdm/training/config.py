@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -213,8 +215,6 @@ class TrainConfig:
              f"the network halves it {len(self.block_channels) - 1} times")
         need(self.stop_after is None or self.stop_after >= 1, "stop_after", "at least 1")
         need(self.max_time is None or self.max_time > 0, "max_time", "it must be positive")
-        need(self.data != "images" or self.data_dir is not None, "data_dir",
-             "name the folder, zip, .npy or .npz to train on")
 
     def to_dict(self) -> dict:
         """Plain types only, as written to config.yaml: paths as strings, tuples as lists."""
@@ -266,7 +266,7 @@ PRESETS: dict[str, dict] = {
                     block_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2,
                     attention_resolutions=(16,), resident_gib=0.0),
     # A small network for a folder of one's own pictures.
-    "folder": dict(data="images", resolution=32, block_channels=(64, 128, 128),
+    "folder": dict(data="images", corrupt_fraction=0.0, resolution=32, block_channels=(64, 128, 128),
                    layers_per_block=2, attention_resolutions=(8,), norm_groups=32, lr=2e-4,
                    batch_size=64, steps=20_000, warmup_steps=500, ema_rates=(0.999,),
                    sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True),
@@ -285,11 +285,40 @@ def preset_values(name: str) -> dict:
 
 
 def check_fields(values: dict, source: str) -> dict:
-    """Reject unknown fields and values of the wrong type, naming source, field and remedy."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    """Convert plain values (of a YAML file, say) to the types of the fields.
+
+    Raises:
+        UsageError: for an unknown field, naming the closest one, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    checked = {}
     for key, value in values.items():
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
             raise UsageError(f"{source}: unknown field {key!r}; {hint}")
-    return values
+        try:
+            checked[key] = _convert(value, hints[key])
+        except (TypeError, ValueError):
+            wanted = str(hints[key]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
+            raise UsageError(f"{source}: {key} is {value!r}, but must be {wanted}") from None
+    return checked
+
+
+def _convert(value, wanted):
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Literal:
+        if value in args:
+            return value
+    elif origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(value, args[0])
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and (args[-1] is ... or len(value) == len(args)):
+            return tuple(_convert(item, args[0]) for item in value)
+    elif wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return float(value)  # YAML 1.1 reads 1e-4 as a string
+    elif wanted is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif type(value) is wanted:
+        return value
+    raise TypeError

@@ -1,0 +1,84 @@
+"""What the entry points share: flags to configuration, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from robustdm.errors import RobustDMError, UsageError
+from robustdm.training.config import TrainConfig, preset_values
+
+
+def guard(main: Callable[[], int | None]) -> None:
+    """Run an entry point; an error of ours becomes one line on stderr and its exit code."""
+    try:
+        code = main()
+    except RobustDMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
+
+
+def read_yaml(path: Path) -> dict:
+    """Fields from a YAML file.
+
+    Raises:
+        UsageError: if the file is missing, is not YAML or is not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config is {str(path)!r}: it cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise UsageError(f"config is {str(path)!r}: it is not valid YAML ({detail})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"config is {str(path)!r}: it must hold one 'field: value' per line")
+    return values
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Configuration of a training run: preset, then YAML file, then flags.
+
+    With ``--resume`` the configuration saved in ``--out`` takes the place of preset and file.
+
+    Raises:
+        UsageError: for an unknown preset, field or value in preset and file.
+        SystemExit: from the flag parser, with code 2.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset")
+    first.add_argument("--config")
+    first.add_argument("--out")
+    first.add_argument("--resume", action="store_true")
+    try:
+        known, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError:
+        known = argparse.Namespace(preset=None, config=None, out=None, resume=False)
+    values: dict = {}
+    if known.resume:
+        from robustdm.training.rundir import read_config
+
+        values = read_config(Path(known.out or preset_values(known.preset or "digits")["out"]))
+        values = {**values, "resume": True, "dry_run": False, "stop_after": None, "max_time": None}
+    else:
+        file = read_yaml(Path(known.config)) if known.config else {}
+        name = known.preset or file.get("preset") or "digits"
+        values = {**preset_values(str(name)), **file, "preset": name, "config": known.config}
+    base = TrainConfig.from_dict(values, str(known.config or "configuration"))
+    return tyro.cli(
+        TrainConfig, args=argv, default=base, prog="python -m robustdm.train",
+        description="Train a diffusion model that survives noisy data.",
+    )

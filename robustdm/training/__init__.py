@@ -1,0 +1,1 @@
+"""Training: configuration, loop, optimizer and checkpoints."""

@@ -1,0 +1,48 @@
+"""What a run will need in memory, counted without allocating it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustdm.models import build_model
+from robustdm.training.config import TrainConfig
+
+
+def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int]:
+    """Bytes of a training step's weights and activations, from a dry pass on the meta device.
+
+    Activations are what one forward pass keeps for its backward pass, for one piece of the batch.
+    A robust objective holds two such graphs at its peak: the clean one, and the attack's or the
+    adversarial one. Under bf16 autocast, tensors are taken to be half as large.
+
+    Args:
+        config: the run's configuration.
+        shape: shape of one sample.
+
+    Returns:
+        ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
+        ``total``.
+    """
+    with torch.device("meta"):
+        model = build_model(config, shape)
+        piece = config.batch_size // config.accumulate
+        x, t = torch.empty(piece, *shape), torch.zeros(piece, dtype=torch.int64)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        out = model(x, t)  # alive until counted: its graph is what keeps the tensors
+    activations = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
+    del out
+    if config.precision == "bf16":
+        activations //= 2
+    if config.objective != "ddpm":
+        activations *= 2
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = parameters * (4 + len(config.ema_rates))
+    return {"weights": weights, "activations": activations, "total": weights + activations}

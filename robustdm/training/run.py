@@ -1,0 +1,100 @@
+"""From a configuration, or a finished run's directory, to the objects it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustdm.errors import RunError, UsageError
+from robustdm.models import build_model
+from robustdm.objectives import Objective
+from robustdm.perturbation import Perturbation
+from robustdm.schedule import NoiseSchedule
+from robustdm.training.checkpoint import check_model_shapes, load_newest
+from robustdm.training.config import TrainConfig
+from robustdm.training.rundir import read_config
+
+
+def schedule_of(config: TrainConfig) -> NoiseSchedule:
+    """The noise schedule of a configuration."""
+    make = NoiseSchedule.linear if config.schedule == "linear" else NoiseSchedule.cosine
+    return make(config.timesteps)
+
+
+def perturbation_of(config: TrainConfig) -> Perturbation:
+    """The perturbation of a configuration."""
+    return Perturbation(
+        config.omega, config.gamma, config.lam, config.lambda_mode, config.beta_range
+    )
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The training objective of a configuration."""
+    return Objective(
+        config.objective,
+        schedule_of(config),
+        perturbation_of(config),
+        beta_per=config.beta_per,
+        detach_clean=config.detach_clean,
+        share_dropout=config.share_dropout,
+        lambda_max=config.lambda_max,
+        attack=config.attack,
+    )
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained network and what is needed to use it.
+
+    Attributes:
+        config: the run's configuration.
+        model: the network with averaged weights, in eval mode.
+        schedule: the noise schedule it was trained with.
+        shape: shape of one sample.
+        is_image: whether samples are images in [-1, 1].
+        step: optimizer steps behind the weights.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    is_image: bool
+    step: int
+
+
+def load_run(
+    directory: Path | str, ema: float | None = None, device: str | torch.device = "cpu"
+) -> LoadedRun:
+    """Load the averaged weights of a run's newest sound checkpoint.
+
+    Args:
+        directory: run directory of `robustdm.train`.
+        ema: decay rate of the average to load; the first of the run's if None.
+        device: where to put the network.
+
+    Raises:
+        UsageError: if the directory is no run, or has no such average.
+        RunError: if it has no sound checkpoint.
+    """
+    directory = Path(directory)
+    config = TrainConfig.from_dict(read_config(directory), str(directory / "config.yaml"))
+    rate = config.ema_rates[0] if ema is None else ema
+    if rate not in config.ema_rates:
+        raise UsageError(f"ema is {rate}: {directory} has averages of {config.ema_rates}")
+    name = f"ema_{rate}"
+    checkpoint = load_newest(directory / "checkpoints", names=[name], device=device)
+    if checkpoint is None:
+        raise RunError(f"{directory} has no checkpoint yet: train for at least one interval")
+    shape = tuple(checkpoint.state["shape"])
+    model = build_model(config, shape).to(device)
+    weights = checkpoint.tensors[name]
+    check_model_shapes(model, weights)
+    model.load_state_dict(weights)
+    model.eval().requires_grad_(False)
+    return LoadedRun(
+        config, model, schedule_of(config), shape, checkpoint.state["is_image"], checkpoint.step
+    )

@@ -1,0 +1,225 @@
+"""The state of a training run, and its optimizer step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustdm import random
+from robustdm.data import load_data
+from robustdm.errors import UsageError
+from robustdm.models import build_model
+from robustdm.objectives import Objective
+from robustdm.sampling import sample
+from robustdm.training.checkpoint import (
+    Checkpoint,
+    check_model_shapes,
+    load_optimizer,
+    optimizer_tensors,
+)
+from robustdm.training.config import TrainConfig
+from robustdm.training.optimizer import EMA, SkippingAdamW
+from robustdm.training.run import objective_of
+from robustdm.training.rundir import check_same_data
+
+BANDS = 4
+"""Equal bands of t in which the loss is logged, low noise first."""
+HELDOUT_ITEMS = 256
+PROBE_STEP = 2**32 - 1
+"""Step number of held-out and compilation draws: one that no run reaches."""
+
+
+class Trainer:
+    """The state of a run and what can be done with it; `train` drives it."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.data = load_data(config)
+        self.objective = objective_of(config)
+        self.schedule = self.objective.schedule
+        self.model = build_model(config, self.data.shape).to(self.device)
+        if self.data.is_image:
+            # Convolutions are faster channels-last, on CPUs as on GPUs.
+            self.model.to(memory_format=torch.channels_last)
+        self.model.train()
+        self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
+        self.optimizer = SkippingAdamW(self.model, config.lr, config.weight_decay)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.step = 0
+        self.elapsed = 0.0
+        self.lr = 0.0
+        self.skipped = torch.zeros((), device=self.device)
+        self.skipped_in_a_row = torch.zeros((), device=self.device)
+        self._clear_window()
+
+    def autocast(self) -> torch.autocast:
+        """bf16 for the network where asked for; losses and weights stay float32."""
+        on = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def gradients(self, x0: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Accumulate the gradients of a batch, computed in ``accumulate`` pieces.
+
+        Every random number belongs to a sample's place in the whole batch, so the number of pieces
+        does not change the result (but for dropout masks, one per piece).
+
+        Returns:
+            The scalar loss, and t, fit and reg of every sample, (B,) each.
+        """
+        parts = []
+        for piece in x0.chunk(self.config.accumulate):
+            first = sum(len(t) for t, _, _ in parts)
+            draw = self.objective.draw(piece, seed=self.config.seed, step=step, first_index=first)
+            with self.autocast():
+                loss = self.objective(self.model, piece, draw)
+            (loss.total * (len(piece) / len(x0))).backward()
+            parts.append((draw.t, loss.fit.detach(), loss.reg.detach()))
+        t, fit, reg = (torch.cat(values) for values in zip(*parts, strict=True))
+        return (fit + reg).mean(), t, fit, reg
+
+    def train_step(self, x0: Tensor) -> None:
+        """One optimizer step; skipped, and counted, if the loss or a gradient is not finite."""
+        if self.data.is_image:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        total, t, fit, reg = self.gradients(x0, self.step)
+        self.lr = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        norm, skipped = self.optimizer.clip_and_step(self.lr, self.config.clip_norm, total)
+        for ema in self.emas:
+            ema.update(self.step)
+        self.step += 1
+        self._record(t, fit, reg, norm, skipped)
+
+    # Statistics are summed on the device, so that a step never waits for it.
+
+    def _clear_window(self) -> None:
+        self._sums = torch.zeros(4, device=self.device)
+        self._bands = torch.zeros(2, BANDS, device=self.device)
+
+    def _record(self, t: Tensor, fit: Tensor, reg: Tensor, norm: Tensor, skipped: Tensor) -> None:
+        taken = 1 - skipped
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        values = torch.stack([fit.mean(), reg.mean(), norm, torch.ones_like(norm)])
+        self._sums += torch.where(taken.bool(), values, 0)
+        fit = torch.where(taken.bool(), fit, 0)
+        band = t * BANDS // len(self.schedule)
+        self._bands[0].index_add_(0, band, fit)
+        self._bands[1].index_add_(0, band, taken.expand_as(fit))
+
+    def window(self) -> dict[str, float]:
+        """Means since the last call, for one line of metrics.jsonl; waits for the device."""
+        fit, reg, norm, steps = self._sums.tolist()
+        record: dict[str, float] = {"step": self.step, "time": round(self.elapsed, 3)}
+        if steps:
+            fit, reg, norm = fit / steps, reg / steps, norm / steps
+            record |= {"loss": fit + reg, "fit": fit, "reg": reg, "grad_norm": norm}
+        sums, counts = self._bands.tolist()
+        for band, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            if count:
+                record[f"fit_band{band}"] = total / count
+        record |= {"lr": self.lr, "skipped": int(self.skipped)}
+        self._clear_window()
+        return record
+
+    @torch.no_grad()
+    def heldout_loss(self) -> float | None:
+        """Plain noise-prediction loss of the averaged weights on fixed held-out draws."""
+        heldout = self.data.heldout
+        if heldout is None:
+            return None
+        x0 = heldout.batch(torch.arange(min(HELDOUT_ITEMS, len(heldout))), self.device)
+        plain = Objective("ddpm", self.schedule)
+        losses = []
+        for first, piece in zip(range(0, len(x0), 64), x0.split(64), strict=True):
+            draw = plain.draw(
+                piece, seed=self.config.seed, step=PROBE_STEP, first_index=first
+            )
+            with self.autocast():
+                losses.append(plain(self.emas[0].model, piece, draw).fit)
+        return torch.cat(losses).mean().item()
+
+    def preview(self) -> Tensor:
+        """Samples of the averaged weights from fixed noise, by DDIM: (num_samples, *shape)."""
+        config = self.config
+        with self.autocast():
+            return sample(
+                self.emas[0].model,
+                self.schedule,
+                self.data.shape,
+                num=config.num_samples,
+                sampler="ddim",
+                steps=min(config.preview_steps, config.timesteps),
+                clip=config.clip_samples,
+                seed=config.seed,
+                batch_size=max(1, 2**22 // int(np.prod(self.data.shape)) // 64),
+                device=self.device,
+            )
+
+    # Checkpoints.
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Everything a continuation needs: tensors by file, and JSON."""
+        moments, settings = optimizer_tensors(self.optimizer)
+        tensors = {"model": self.model.state_dict(), "optimizer": moments}
+        for ema in self.emas:
+            tensors[f"ema_{ema.rate}"] = ema.model.state_dict()
+        return tensors, {
+            "shape": list(self.data.shape),
+            "is_image": self.data.is_image,
+            "elapsed": self.elapsed,
+            "skipped": int(self.skipped),
+            "random_layout": random.LAYOUT_VERSION,
+            "data": self.data.identity(),
+            "optimizer": settings,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UsageError: if it belongs to other data, another network or another random layout.
+        """
+        state = checkpoint.state
+        if state["random_layout"] != random.LAYOUT_VERSION:
+            raise UsageError(
+                f"{checkpoint.path} was drawn with random layout {state['random_layout']}, this "
+                f"version has {random.LAYOUT_VERSION}: continue it with the version that wrote it"
+            )
+        check_same_data(state["data"], self.data.identity(), checkpoint.path)
+        check_model_shapes(self.model, checkpoint.tensors["model"])
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        for ema in self.emas:
+            ema.model.load_state_dict(checkpoint.tensors[f"ema_{ema.rate}"])
+        load_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
+        self.step, self.elapsed = checkpoint.step, state["elapsed"]
+        self.skipped.fill_(state["skipped"])
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        UsageError: for a device that does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"device is {name!r}, but {count} CUDA devices are here: use cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or the number of threads that the CPU may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
