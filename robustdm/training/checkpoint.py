@@ -250,9 +250,13 @@ def load_newest(
         reasons = []
         for _, path in reversed(entries):
             try:
-                return _load(path, names, device)
+                loaded = _load(path, names, device)
             except _Damaged as damage:
                 reasons.append(f"{path.name}: {damage}")
+                continue
+            for reason in reasons:
+                _log.warning("damaged checkpoint skipped in %s: %s", root, reason)
+            return loaded
         # A run that is going on may have replaced all of them meanwhile.
         if entries == list_checkpoints(root):
             break

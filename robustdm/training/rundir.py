@@ -49,6 +49,8 @@ CHANGEABLE = {
     "max_skipped": "when to give up",
     "lr": "constant after the warm-up, so a later value is a common and clear correction",
 }
+# Switches of a single command: config.yaml does not carry them over to the next one.
+_SWITCHES_OFF = dict(config=None, resume=False, stop_after=None, max_time=None, dry_run=False)
 
 
 class RunDir:
@@ -115,7 +117,8 @@ class RunDir:
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
                 sessions = list(json.loads(run_json.read_bytes())["sessions"])
         sessions.append(provenance())
-        write_text(self.path / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        resolved = {**config.to_dict(), **_SWITCHES_OFF}
+        write_text(self.path / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
         write_json(run_json, {**facts, "sessions": sessions})
 
     def append_metrics(self, line: dict) -> None:

@@ -47,7 +47,7 @@ class StopSignals:
             self.received = signal.Signals(number)
         if os.getpid() != self._process:
             # A data worker inherits the handler. A signal to the whole group must not end it while
-            # the main process still needs it for the step to be saved; a second SIGTERM does.
+            # the main process still needs it for the step to be saved; a SIGTERM after it does.
             if number == signal.SIGTERM and not first:
                 os._exit(143)
             return
