@@ -1,0 +1,91 @@
+"""Export to diffusers: a directory that ``DDPMPipeline.from_pretrained`` loads."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from robustdm.errors import UsageError
+from robustdm.schedule import NoiseSchedule
+
+
+def scheduler_config(schedule: NoiseSchedule) -> dict:
+    """Arguments that make a diffusers scheduler have this schedule's betas.
+
+    The known schedules go by their diffusers names, which other programs can read; any other is
+    written as its list of betas.
+    """
+    from diffusers import DDPMScheduler
+
+    first, last = schedule.betas[0].item(), schedule.betas[-1].item()
+    for named in (
+        dict(beta_schedule="linear", beta_start=first, beta_end=last),
+        dict(beta_schedule="squaredcos_cap_v2"),
+    ):
+        betas = DDPMScheduler(len(schedule), **named).betas.double()
+        # diffusers keeps betas in float32.
+        if torch.allclose(betas, schedule.betas, rtol=1e-6, atol=0):
+            return dict(num_train_timesteps=len(schedule), **named)
+    return dict(num_train_timesteps=len(schedule), trained_betas=schedule.betas.tolist())
+
+
+def save_pipeline(
+    unet,
+    schedule: NoiseSchedule,
+    directory: Path | str,
+    *,
+    clip_sample: bool,
+    variance_type: str = "fixed_large",
+    timestep_spacing: str = "leading",
+) -> None:
+    """Write a network as a diffusers DDPMPipeline (safetensors and JSON, files of mode 0644).
+
+    The pipeline is complete before it takes its place: an interrupted export leaves the old one.
+
+    Args:
+        unet: a diffusers UNet2DModel that holds the weights to publish (EMA).
+        schedule: the noise schedule it was trained with.
+        directory: where; an older pipeline there is replaced.
+        clip_sample: whether the pipeline clips the predicted image to [-1, 1].
+        variance_type: "fixed_large" or "fixed_small".
+        timestep_spacing: which timesteps a pipeline of fewer steps visits. "leading" is the one
+            that all diffusers schedulers made from this configuration treat correctly: DDIM with
+            "linspace" steps off its own list, DDPM with "trailing" adds noise to its result.
+
+    Raises:
+        UsageError: if unet is another kind of model, or the directory holds something else.
+    """
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    if not isinstance(unet, UNet2DModel):
+        raise UsageError(
+            f"unet is a {type(unet).__name__}: a diffusers pipeline needs a UNet2DModel"
+        )
+    directory = Path(directory)
+    occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if occupied and not (directory / "model_index.json").is_file():
+        raise UsageError(
+            f"directory is {str(directory)!r}: it holds something other than a pipeline; "
+            "name a new or empty one"
+        )
+    scheduler = DDPMScheduler(
+        **scheduler_config(schedule),
+        variance_type=variance_type,
+        clip_sample=clip_sample,
+        timestep_spacing=timestep_spacing,
+        prediction_type="epsilon",
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(staging)
+        # safetensors and mkdtemp create for the owner alone; a published model is for all.
+        for path in [staging, *staging.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""Entry point: `python -m robustdm.sample --run DIR` generates samples from a trained run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from robustdm.cli import guard
+from robustdm.errors import RunError, UsageError
+
+GRID_SAMPLES = 64
+RECORD = "sample.json"
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to generate, how, and where to put it."""
+
+    run: Path
+    """Run directory of `python -m robustdm.train`."""
+    out: Path | None = None
+    """Folder for the samples; RUN/generated if not given."""
+    num: int = 64
+    """How many samples."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm is ancestral sampling."""
+    steps: int | None = None
+    """Timesteps to visit; all if not given."""
+    spacing: Literal["linspace", "leading", "trailing", "truncate"] = "linspace"
+    """Which timesteps, as named in diffusers; truncate visits the cleanest only."""
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    """ddpm: noise of a step, beta or the posterior variance."""
+    eta: float = 0.0
+    """ddim: noise of a step, 0 (none) to 1."""
+    ema: float | None = None
+    """Decay rate of the averaged weights to use; the first of the run's if not given."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to use; the newest sound one if not given."""
+    batch_size: int = 64
+    """Samples computed at once; changes speed and memory, not the samples."""
+    seed: int = 0
+    """Sample k of a seed is the same whatever --num and --batch-size."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace the samples that an earlier call wrote to --out."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, generate, write.
+
+    Raises:
+        UsageError: for a wrong flag, run or folder.
+        RunError: if sampling or writing fails.
+    """
+    import tyro
+
+    config = tyro.cli(
+        SampleConfig, args=argv, prog="python -m robustdm.sample",
+        description="Generate samples from a trained run.",
+    )
+    generate(config)
+
+
+def generate(config: SampleConfig) -> Path:
+    """Generate samples from a run and write them to a folder.
+
+    Writes ``samples.npz`` (key "samples", float32, (num, *shape), unclipped), ``sample.json``
+    and, for images, ``00000.png`` and so on and ``grid.png`` (the first 64).
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: for a wrong setting, run or folder.
+        RunError: if sampling or writing fails.
+    """
+    out = config.run / "generated" if config.out is None else config.out
+    _check_out(out, config.overwrite)
+
+    import torch
+
+    from robustdm.sampling import sample
+    from robustdm.training.loop import is_out_of_memory
+    from robustdm.training.run import load_run
+    from robustdm.training.trainer import resolve_device
+
+    device = resolve_device(config.device)
+    which = {} if config.checkpoint is None else {"checkpoint": config.checkpoint}
+    run = load_run(config.run, ema=config.ema, device=device, **which)
+    # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
+    clip = run.config.clip_samples and run.is_image
+    started = time.monotonic()
+    try:
+        with _progress(config.num) as progress:
+            samples = sample(
+                run.model, run.schedule, run.shape, num=config.num, sampler=config.sampler,
+                steps=config.steps, spacing=config.spacing, variance=config.variance,
+                eta=config.eta, clip=clip, seed=config.seed, batch_size=config.batch_size,
+                device=device, progress=progress,
+            )
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory at batch_size {config.batch_size}: try --batch-size "
+            f"{max(1, config.batch_size // 2)}, which gives the same samples"
+        ) from error
+    seconds = time.monotonic() - started
+    if not bool(torch.isfinite(samples).all()):
+        raise RunError(
+            f"the samples of {config.run} at step {run.step} are not finite numbers: the run has "
+            "diverged; sample from an earlier --checkpoint"
+        )
+    record = _record(config, run, clip, seconds)
+    try:
+        _write(out, samples.numpy(), run.is_image, record)
+    except OSError as error:
+        raise RunError(f"cannot write to {out} ({error.strerror}): name another --out") from error
+    print(f"{config.num} samples at {record['img_per_s']:.3g} img/s are in {out}")
+    return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"out is {str(out)!r}: that is a file; name a folder")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / RECORD).is_file():
+                raise UsageError(f"out is {str(out)!r}: it holds other files; name another folder")
+            if not overwrite:
+                raise UsageError(f"out is {str(out)!r}: it holds samples; name another folder or "
+                                 "add --overwrite")
+    except OSError as error:
+        raise UsageError(f"out is {str(out)!r}: it cannot be read ({error.strerror})") from None
+
+
+def _record(config: SampleConfig, run, clip: bool, seconds: float) -> dict:
+    """What made these samples, for sample.json."""
+    from robustdm.training.rundir import provenance
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    return {
+        **settings,
+        "steps": len(run.schedule) if config.steps is None else config.steps,
+        "ema": run.config.ema_rates[0] if config.ema is None else config.ema,
+        "checkpoint": run.step,
+        "clip": clip,
+        "shape": list(run.shape),
+        "seconds": round(seconds, 3),
+        "img_per_s": config.num / seconds,
+        "provenance": provenance(),
+    }
+
+
+def _write(out: Path, samples, is_image: bool, record: dict) -> None:
+    import numpy as np
+
+    from robustdm import images
+
+    out.mkdir(parents=True, exist_ok=True)
+    # Pictures of an earlier, larger set must not stay among the new ones.
+    for path in out.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
+        path.unlink()
+    # First, since it marks the folder as one that --overwrite may clear.
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    np.savez(out / "samples.npz", samples=samples)
+    if is_image:
+        images.save_images(out, samples)
+        images.save_grid(out / "grid.png", samples[:GRID_SAMPLES])
+
+
+@contextlib.contextmanager
+def _progress(num: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a plain line now and then elsewhere; yields the sampler's callback."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from robustdm.training.progress import PLAIN_INTERVAL, duration
+
+    live = sys.stdout.isatty()
+    started = shown = time.monotonic()
+    bar = Progress(BarColumn(), TextColumn("{task.description}", markup=False), disable=not live)
+    task = bar.add_task("", total=1)
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        seconds = max(now - started, 1e-9)
+        text = (f"{done * num // total}/{num} samples | {done / total * num / seconds:.3g} img/s | "
+                f"{duration(seconds * (total - done) / done)} left")
+        bar.update(task, completed=done / total, description=text)
+        if not live and now - shown >= PLAIN_INTERVAL:
+            print(text, flush=True)
+            shown = now
+
+    with bar:
+        yield report
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,116 @@
+"""The exported pipeline loads in diffusers and is the network that was exported."""
+
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from robustdm.errors import UsageError
+from robustdm.pipeline import save_pipeline, scheduler_config
+from robustdm.sampling import sample, stream_noise
+from robustdm.schedule import NoiseSchedule
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def make_unet(channels=1):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1,
+        block_out_channels=(8, 16), norm_num_groups=8, attention_head_dim=None,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_round_trip(tmp_path, clip):
+    unet, schedule = make_unet(), NoiseSchedule.linear(1000)
+    save_pipeline(unet, schedule, tmp_path / "a" / "pipeline", clip_sample=clip)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path / "a" / "pipeline",
+                                                    use_safetensors=True)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    with torch.no_grad():
+        assert torch.equal(loaded.unet(x, t).sample, unet(x, t).sample)
+    config = loaded.scheduler.config
+    assert type(loaded.scheduler).__name__ == "DDPMScheduler"
+    assert config.clip_sample is clip
+    assert config.variance_type == "fixed_large" and config.prediction_type == "epsilon"
+    assert config.timestep_spacing == "leading" and config.num_train_timesteps == 1000
+    assert torch.allclose(loaded.scheduler.betas.double(), schedule.betas, rtol=1e-6, atol=0)
+
+
+def test_files_are_readable_by_all_and_nothing_else_is_left(tmp_path):
+    save_pipeline(make_unet(), NoiseSchedule.linear(10), tmp_path / "pipeline", clip_sample=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+    files = {str(p.relative_to(tmp_path / "pipeline")): stat.S_IMODE(p.stat().st_mode)
+             for p in (tmp_path / "pipeline").rglob("*") if p.is_file()}
+    assert files == dict.fromkeys(
+        ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+         "unet/diffusion_pytorch_model.safetensors"], 0o644)
+    assert stat.S_IMODE((tmp_path / "pipeline").stat().st_mode) == 0o755
+
+
+def test_pipeline_samples_as_we_do(tmp_path, monkeypatch):
+    import diffusers.pipelines.ddpm.pipeline_ddpm as pipeline_module
+    import diffusers.schedulers.scheduling_ddpm as scheduler_module
+
+    unet, schedule = make_unet(3), NoiseSchedule.linear(1000)
+    save_pipeline(unet, schedule, tmp_path / "pipeline", clip_sample=True)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(batch_size=2, num_inference_steps=3).images
+    assert len(pictures) == 2 and pictures[0].size == (8, 8)
+
+    ours = sample(unet, schedule, (3, 8, 8), num=2, steps=5, spacing="leading", clip=True)
+    noise = stream_noise(0, (3, 8, 8))
+    draws = [noise(t, range(2)) for t in (None, 800, 600, 400, 200)]
+    for module in (pipeline_module, scheduler_module):
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: draws.pop(0))
+    theirs = pipeline(batch_size=2, num_inference_steps=5, output_type="np").images
+    expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(theirs - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("schedule,named", [
+    (NoiseSchedule.linear(1000), "linear"), (NoiseSchedule.linear(50), "linear"),
+    (NoiseSchedule.cosine(100), "squaredcos_cap_v2"),
+    (NoiseSchedule(torch.linspace(0.1, 0.7, 9) ** 2), None)])
+def test_scheduler_has_the_schedule_s_betas(schedule, named):
+    config = scheduler_config(schedule)
+    assert config.get("beta_schedule") == named
+    betas = diffusers.DDPMScheduler(**config).betas
+    torch.testing.assert_close(betas.double(), schedule.betas, rtol=1e-6, atol=0)
+
+
+def test_an_older_pipeline_is_replaced_and_anything_else_is_not(tmp_path):
+    schedule, directory = NoiseSchedule.linear(10), tmp_path / "pipeline"
+    save_pipeline(make_unet(3), schedule, directory, clip_sample=True)
+    save_pipeline(make_unet(1), schedule, directory, clip_sample=True)
+    assert diffusers.UNet2DModel.from_pretrained(directory / "unet").config.in_channels == 1
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="mine"):
+        save_pipeline(make_unet(), schedule, tmp_path / "mine", clip_sample=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_export_leaves_the_old_pipeline(tmp_path, monkeypatch):
+    schedule, directory = NoiseSchedule.linear(10), tmp_path / "pipeline"
+    save_pipeline(make_unet(3), schedule, directory, clip_sample=True)
+
+    def fail(self, *args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "save_pretrained", fail)
+    with pytest.raises(OSError):
+        save_pipeline(make_unet(1), schedule, directory, clip_sample=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+    assert (directory / "model_index.json").is_file()
+
+
+def test_other_networks_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="Linear"):
+        save_pipeline(torch.nn.Linear(2, 2), NoiseSchedule.linear(10), tmp_path, clip_sample=False)

@@ -1,0 +1,177 @@
+"""The entry point: what it writes, that the batch size does not matter, and one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from robustdm.images import to_uint8
+from robustdm.sample import main
+from robustdm.sampling import sample
+from robustdm.training.checkpoint import save_checkpoint
+from robustdm.training.config import TrainConfig
+from robustdm.training.run import load_run
+
+
+def make_run(directory, shape=(1, 8, 8), weights=None, **settings):
+    """A run directory as training leaves it, with random weights."""
+    from robustdm.models import build_model
+
+    torch.manual_seed(0)
+    config = TrainConfig(out=directory, ema_rates=(0.5, 0.99), **settings)
+    model = build_model(config, shape)
+    averages = {f"ema_{rate}": {k: v * scale if weights is None else v * weights
+                                for k, v in model.state_dict().items()}
+                for rate, scale in ((0.5, 1.0), (0.99, 0.9))}
+    save_checkpoint(directory / "checkpoints", 3, averages,
+                    {"shape": list(shape), "is_image": len(shape) == 3})
+    (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8))
+
+
+def call(run, out, *flags):
+    main(["--run", str(run), "--out", str(out), "--device", "cpu", *map(str, flags)])
+    return np.load(out / "samples.npz")["samples"]
+
+
+def test_images_are_written(digits_run, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    samples = call(digits_run, out, "--num", 5, "--steps", 3, "--sampler", "ddim", "--eta", 0.5,
+                   "--spacing", "trailing", "--seed", 4)
+    assert samples.shape == (5, 1, 8, 8) and samples.dtype == np.float32
+    names = {path.name for path in out.iterdir()}
+    assert names == {"samples.npz", "sample.json", "grid.png", *(f"0000{k}.png" for k in range(5))}
+    for k in range(5):
+        pixels = np.asarray(Image.open(out / f"0000{k}.png"))
+        assert np.array_equal(pixels, to_uint8(samples)[k, ..., 0])
+
+    run = load_run(digits_run)
+    expected = sample(run.model, run.schedule, run.shape, num=5, steps=3, sampler="ddim", eta=0.5,
+                      spacing="trailing", seed=4)
+    assert np.array_equal(samples, expected.numpy())
+    # A digit's samples are not clipped: that would hide noise at the edge of the range.
+    assert np.abs(samples).max() > 1
+    record = json.loads((out / "sample.json").read_text())
+    settings = {"num": 5, "steps": 3, "sampler": "ddim", "eta": 0.5, "spacing": "trailing",
+                "seed": 4, "checkpoint": 3, "ema": 0.5, "clip": False, "shape": [1, 8, 8],
+                "run": str(digits_run)}
+    assert {key: record[key] for key in settings} == settings
+    assert record["provenance"]["versions"]["torch"] and record["img_per_s"] > 0
+    assert str(out) in capsys.readouterr().out
+
+
+def test_samples_do_not_depend_on_the_batch_size(digits_run, tmp_path):
+    a = call(digits_run, tmp_path / "a", "--num", 5, "--steps", 4)
+    b = call(digits_run, tmp_path / "b", "--num", 3, "--steps", 4, "--batch-size", 2)
+    scale = np.abs(a).max()
+    assert np.abs(a[:3] - b).max() <= 1e-5 * scale
+
+
+def test_other_average_and_variance(digits_run, tmp_path):
+    flags = ("--num", 1, "--steps", 4)
+    a = call(digits_run, tmp_path / "a", *flags)
+    b = call(digits_run, tmp_path / "b", *flags, "--ema", 0.99)
+    c = call(digits_run, tmp_path / "c", *flags, "--variance", "fixed_small")
+    assert not np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_runs_that_clip_are_clipped(tmp_path):
+    run = make_run(tmp_path / "run", block_channels=(8, 8), clip_samples=True)
+    assert np.abs(call(run, tmp_path / "out", "--num", 2, "--steps", 3)).max() <= 1
+
+
+def test_points(tmp_path):
+    run = make_run(tmp_path / "run", shape=(3,), network="mlp", data="plane", mlp_width=8)
+    samples = call(run, tmp_path / "out", "--num", 5, "--steps", 3)
+    assert samples.shape == (5, 3)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples.npz", "sample.json"}
+
+
+def test_default_folder_and_overwriting(tmp_path):
+    run = make_run(tmp_path / "run", block_channels=(8, 8))
+    flags = ["--run", str(run), "--steps", "2", "--device", "cpu"]
+    main([*flags, "--num", "3"])
+    out = run / "generated"
+    assert (out / "00002.png").is_file()
+    result = guarded([*flags, "--num", "2"])
+    assert result.returncode == 2 and "--overwrite" in result.stderr
+    main([*flags, "--num", "2", "--overwrite"])
+    assert (out / "00001.png").is_file() and not (out / "00002.png").exists()
+
+
+def guarded(argv):
+    return subprocess.run([sys.executable, "-m", "robustdm.sample", *map(str, argv)],
+                          capture_output=True, text=True)
+
+
+def assert_one_line(argv, code, *words, capsys):
+    from robustdm.cli import guard
+
+    with pytest.raises(SystemExit) as caught:
+        guard(lambda: main(["--device", "cpu", *map(str, argv)]))
+    error = capsys.readouterr().err
+    assert caught.value.code == code, error
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_errors_are_one_line(digits_run, tmp_path, capsys):
+    out = ("--out", tmp_path / "out")
+    assert_one_line(["--run", tmp_path / "none", *out], 2, "none", capsys=capsys)
+    run = ("--run", digits_run)
+    assert_one_line([*run, *out, "--num", 0], 2, "num is 0", capsys=capsys)
+    assert_one_line([*run, *out, "--steps", 2000], 2, "steps is 2000", "1000", capsys=capsys)
+    assert_one_line([*run, *out, "--ema", 0.7], 2, "0.7", "0.99", capsys=capsys)
+    assert_one_line([*run, *out, "--device", "abacus"], 2, "abacus", capsys=capsys)
+    assert_one_line([*run, *out, "--eta", 0.5], 2, "eta", "ddim", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "file").write_text("")
+    assert_one_line([*run, "--out", tmp_path / "file"], 2, "file", capsys=capsys)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "00000.png").write_text("mine")
+    assert_one_line([*run, "--out", tmp_path / "mine", "--overwrite"], 2, "mine", capsys=capsys)
+    assert (tmp_path / "mine" / "00000.png").read_text() == "mine"
+
+
+def test_a_diverged_run_is_reported_and_nothing_is_written(tmp_path, capsys):
+    run = make_run(tmp_path / "run", block_channels=(8, 8), weights=float("nan"))
+    assert_one_line(["--run", run, "--out", tmp_path / "out", "--num", 1, "--steps", 2], 1,
+                    "not finite", "--checkpoint", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_names_the_remedy(digits_run, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("robustdm.sampling.sample", fail)
+    assert_one_line(["--run", digits_run, "--out", tmp_path / "out"], 1, "--batch-size 32",
+                    capsys=capsys)
+
+
+def test_a_full_disk_is_one_line(digits_run, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("robustdm.images.save_images", fail)
+    assert_one_line(["--run", digits_run, "--out", tmp_path / "out", "--num", 1, "--steps", 1], 1,
+                    "No space left", "--out", capsys=capsys)
+
+
+def test_help_imports_no_torch():
+    code = ("import sys\nsys.argv = ['sample', '--help']\n"
+            "import robustdm.sample\n"
+            "try: robustdm.sample.main()\nexcept SystemExit: pass\n"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "--sampler" in result.stdout, result.stderr
