@@ -24,6 +24,9 @@ __all__ = [
     "TensorData", "batches", "load_data",
 ]
 
+# Images that a subspace is fitted to: more cost minutes and change no component that matters.
+_MAX_PCA = 2048
+
 
 def load_data(config: TrainConfig) -> Data:
     """Build the training set that a configuration names.
@@ -65,24 +68,28 @@ def _subspace(config: TrainConfig, corruption: Corruption) -> SubspaceData:
     from robustdm.data.base import sha256_of, to_float
 
     if config.data_dir is None:
-        images = load_digits()
+        images, quarantine = load_digits(), []
     else:
         from robustdm.data.images import images_for_subspace
 
-        images = images_for_subspace(config)
-    rank = config.subspace_rank
-    mean, sds, basis = principal_components(to_float(images), rank)
+        images, quarantine = images_for_subspace(config)
+    if len(images) > _MAX_PCA:
+        images = images[shuffled(0, 0, len(images))[:_MAX_PCA]]
+    mean, sds, basis = principal_components(to_float(images), config.subspace_rank)
     source = sha256_of(images)
     common = dict(count=config.num_points, corruption=corruption, holdout=config.holdout,
                   seed=config.seed, source=source)
     if config.subspace_space == "pca":
-        return SubspaceData.from_sds(sds, config.subspace_noise_dims, **common)
-    if images.shape[-1] != config.resolution:
+        data = SubspaceData.from_sds(sds, config.subspace_noise_dims, **common)
+    elif images.shape[-1] != config.resolution:
         raise UsageError(
             f"resolution is {config.resolution}: the images of the subspace are "
             f"{images.shape[-1]}x{images.shape[-1]}, set it to {images.shape[-1]}"
         )
-    return SubspaceData(sds, mean, basis, tuple(images.shape[1:]), **common)
+    else:
+        data = SubspaceData(sds, mean, basis, tuple(images.shape[1:]), **common)
+    data.quarantine = quarantine
+    return data
 
 
 def _order(size: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:

@@ -46,11 +46,13 @@ class Data:
         clip_range: range that samples may be clipped to; None where clipping would hide noise.
         heldout: the part kept out of training, None if there is none.
         quarantine: (path, reason) of the files that could not be read.
+        note: what was done to files unlike the others, for the screen.
         members: (n,) int64 items of this part.
     """
 
     is_image = False
     clip_range: tuple[float, float] | None = None
+    note = ""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], total: int, corruption: Corruption | None,
@@ -121,7 +123,12 @@ class Data:
         """One line for the screen."""
         heldout = f", {len(self._rest)} held out" if len(self._rest) else ""
         size = "x".join(map(str, self.shape)) if self.is_image else f"R^{self.shape[0]}"
-        return f"{self.name}: {len(self)} items{heldout}, {size}, {self._noise_text()}"
+        text = f"{self.name}: {len(self)} items{heldout}, {size}, {self._noise_text()}"
+        if self.note:
+            text += f"; {self.note}"
+        if self.quarantine:
+            text += f"; {len(self.quarantine)} broken files left out"
+        return text
 
     def _noise_text(self) -> str:
         if not self.corruption:

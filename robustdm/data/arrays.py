@@ -1,0 +1,114 @@
+"""Images in .npy and .npz files: never unpickled, every doubt an error that names the remedy."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustdm.data.decode import fit
+from robustdm.errors import UsageError
+
+_CHANNELS = (1, 3, 4)
+_KEYS = ("images", "samples", "x_train", "x", "data", "arr_0")
+
+
+def load_array(path: Path) -> Tensor:
+    """Read the images of a file.
+
+    Accepted are (N, H, W), (N, H, W, C) and (N, C, H, W) with C = 1, 3 or 4, of uint8, or of
+    floats either in [0, 1] (no negative value, the largest above 0.5) or in [-1, 1] (the smallest
+    value at most -0.5); other floats are ambiguous.
+
+    Returns:
+        (N, C, H, W) uint8, or float32 in [-1, 1].
+
+    Raises:
+        UsageError: naming what is wrong with the file and the remedy.
+    """
+    try:
+        array = _read(path)
+    except UsageError:
+        raise
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        hint = " (mixed shapes or Python objects: save one uint8 array)" if (
+            "pickle" in str(error).lower()) else ""
+        raise UsageError(f"{path}: cannot be read as an array: {_line(error)}{hint}") from None
+    return _checked(array, path)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read(path: Path) -> np.ndarray:
+    # An .npy is mapped, so a header that promises too much fails at once.
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded as archive:
+        keys = [key for key in _KEYS if key in archive] or archive.files
+        if len(keys) > 1 and keys == archive.files:
+            raise UsageError(
+                f"{path}: holds the arrays {', '.join(keys[:8])}; name the one to use 'images'"
+            )
+        if not keys:
+            raise ValueError("the archive is empty")
+        return archive[keys[0]]
+
+
+def _checked(array: np.ndarray, path: Path) -> Tensor:
+    shape = array.shape
+    if array.ndim not in (3, 4) or 0 in shape:
+        raise UsageError(f"{path}: shape is {shape}: expected (N, H, W, C), none of them 0")
+    if array.ndim == 3:
+        array = array[:, None]
+    else:
+        last, first = shape[3] in _CHANNELS, shape[1] in _CHANNELS
+        if last == first:
+            why = "channels first or last cannot be told" if last else "no axis of 1, 3 or 4"
+            raise UsageError(f"{path}: shape is {shape}: {why}; save (N, H, W, C)")
+        if last:
+            array = array.transpose(0, 3, 1, 2)
+    if array.dtype == np.uint8:
+        return torch.from_numpy(np.array(array, order="C"))
+    if array.dtype.kind != "f":
+        raise UsageError(f"{path}: dtype is {array.dtype}: save the images as uint8, 0 to 255")
+    low, high = float(np.min(array)), float(np.max(array))  # NaN if there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UsageError(f"{path}: holds NaN or infinity: remove those images")
+    values = np.array(array, dtype=np.float32, order="C")
+    if low >= 0 and 0.5 < high <= 1:
+        values = values * 2 - 1
+    elif not -1 <= low <= -0.5 or high > 1:
+        raise UsageError(
+            f"{path}: float values from {low:g} to {high:g} are neither [0, 1] nor [-1, 1] "
+            "beyond doubt: save the images as uint8, 0 to 255"
+        )
+    return torch.from_numpy(values)
+
+
+def resize_array(images: Tensor, resolution: int, path: Path) -> Tensor:
+    """Images (N, C, H, W) in the wanted size, scaled and centre-cropped like picture files.
+
+    Raises:
+        UsageError: for float images of another size, which would have to be rounded.
+    """
+    height, width = images.shape[2:]
+    if height == width == resolution:
+        return images
+    if images.dtype != torch.uint8:
+        raise UsageError(
+            f"{path}: float images of {height}x{width} are not resized to {resolution}: set "
+            "--resolution, or save them as uint8"
+        )
+    result = torch.empty(len(images), images.shape[1], resolution, resolution, dtype=torch.uint8)
+    for k, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        result[k] = torch.from_numpy(fit(picture, resolution).copy())
+    return result

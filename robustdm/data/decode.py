@@ -1,0 +1,145 @@
+"""One picture file to one uint8 array, for every kind of file that people have.
+
+Only the formats named here are tried, so no file can start an outside program (EPS would), and a
+picture larger than Pillow's decompression-bomb limit is refused before its pixels are read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
+)
+_GREY_MODES = ("1", "L", "LA", "La", "F")  # besides the modes I and I;16 of 16-bit greys
+_ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
+
+
+class BadImage(Exception):
+    """A file that cannot be used; the message is the reason, for the quarantine list."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What decides the number of channels of a set: read without decoding the pixels."""
+
+    grey: bool
+    alpha: bool
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture; whatever goes wrong inside becomes a BadImage with a one-line reason."""
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise BadImage(f"{image.width}x{image.height} is more than {limit} pixels")
+            yield image
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage("not a readable image") from None
+    except Exception as error:  # decoders of damaged files raise almost anything
+        reason = " ".join(str(error).split())
+        raise BadImage(f"{type(error).__name__}: {reason[:200]}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Pillow's warnings (bombs, broken metadata): the quarantine list has the reasons.
+
+    Wrap whole loops in it, not single calls: warning filters are shared by all threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in _ALPHA_MODES or "transparency" in image.info
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read what kind of picture a file holds.
+
+    Raises:
+        BadImage: if it is no picture, or too large a one.
+    """
+    with _opened(file) as image:
+        grey = image.mode in _GREY_MODES or image.mode.startswith("I")
+        return Header(grey, _has_alpha(image))
+
+
+def decode(file: BinaryIO, channels: int, resolution: int) -> np.ndarray:
+    """Decode a picture: upright (EXIF), in 1, 3 or 4 channels, scaled and centre-cropped.
+
+    16-bit and float greys are rounded to 8 bits; transparency is kept with 4 channels and laid
+    on white otherwise; of an animation the first frame is taken.
+
+    Returns:
+        (channels, resolution, resolution) uint8.
+
+    Raises:
+        BadImage: if the file is damaged.
+    """
+    with _opened(file) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return fit(_convert(upright, channels), resolution)
+
+
+def decode_pixels(file: BinaryIO) -> np.ndarray:
+    """A whole picture as it is: (H, W, 3) uint8.
+
+    Raises:
+        BadImage: if the file is damaged.
+    """
+    with _opened(file) as image:
+        return np.asarray(_convert(image, 3))
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if channels == 4:
+        return image.convert("RGBA")
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit greys (modes I;16 and I) and floats in [0, 1] (mode F) to mode L."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not np.isfinite(values).all():
+        raise BadImage("NaN or infinity among the pixels")
+    if values.min() < 0 or values.max() > top:
+        raise BadImage(
+            f"values from {values.min():g} to {values.max():g}, where 0 to {top:g} is expected"
+        )
+    return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+
+
+def fit(image: Image.Image, resolution: int) -> np.ndarray:
+    """Scale the short side to ``resolution`` and crop the centre: (C, resolution, resolution).
+
+    Area averaging when shrinking, bicubic when enlarging; unchanged where the size is right.
+    """
+    size = (resolution, resolution)
+    if image.size != size:
+        small = min(image.size) < resolution
+        method = Image.Resampling.BICUBIC if small else Image.Resampling.BOX
+        image = ImageOps.fit(image, size, method)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

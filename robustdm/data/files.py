@@ -1,0 +1,323 @@
+"""Folders and zips of pictures: listed, checked, decoded at once or streamed by workers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from robustdm.data.decode import SUFFIXES, BadImage, decode, quiet, read_header
+from robustdm.errors import RunError, UsageError
+
+# A packed picture larger than this is taken for a bomb.
+_MAX_ZIP_MEMBER = 64 * 2**20
+# Tasks handed to the thread pool at a time: bounds its queue for sets of millions.
+_CHUNK = 1024
+
+
+class Folder:
+    """Pictures below a folder, by relative path; links to folders are followed once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names = sorted(self._walk())
+
+    def _walk(self) -> Iterator[str]:
+        seen = set()
+        for parent, folders, names in os.walk(self.path, followlinks=True):
+            place = os.path.realpath(parent)
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in names:
+                file = Path(parent, name)
+                if _is_picture(name) and file.is_file():
+                    yield file.relative_to(self.path).as_posix()
+
+    def open(self, name: str) -> BinaryIO:
+        """Raises OSError if the file is gone."""
+        return open(self.path / name, "rb")
+
+    def stamp(self, name: str) -> int:
+        """Changes when the file's length does; -1 if it is gone."""
+        try:
+            return (self.path / name).stat().st_size
+        except OSError:
+            return -1
+
+
+class Zip:
+    """Pictures in a zip, read in place. EDM's form (``dataset.json``, stored) or any other."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            members = self._archive().namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise UsageError(f"{path}: not a readable zip: {error}") from None
+        hidden = ("__MACOSX/", ".")
+        self.names = sorted(
+            {name for name in members if _is_picture(name) and not name.startswith(hidden)}
+        )
+
+    def _archive(self) -> zipfile.ZipFile:
+        # A process that was forked must not share the parent's file position.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": None}
+
+    def open(self, name: str) -> BinaryIO:
+        """Raises BadImage for a damaged, encrypted or absurdly large member."""
+        try:
+            archive = self._archive()
+            if archive.getinfo(name).file_size > _MAX_ZIP_MEMBER:
+                raise BadImage(f"larger than {_MAX_ZIP_MEMBER} bytes")
+            return io.BytesIO(archive.read(name))
+        except BadImage:
+            raise
+        except Exception as error:  # wrong CRC, encryption, unknown method, damaged stream
+            raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+    def stamp(self, name: str) -> int:
+        """Changes when the file's content does."""
+        return self._archive().getinfo(name).CRC
+
+
+def _is_picture(name: str) -> bool:
+    base = name.rsplit("/", 1)[-1]
+    return not base.startswith(".") and Path(base).suffix.lower() in SUFFIXES
+
+
+def printable(name: str) -> str:
+    """A file name that any terminal and any UTF-8 file takes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def check_quarantine(quarantine: list[tuple[str, str]], total: int, max_bad: float) -> None:
+    """Raise a RunError if more than the share ``max_bad`` of ``total`` files cannot be read."""
+    if len(quarantine) > max_bad * total:
+        first = "; ".join(f"{name} ({reason})" for name, reason in quarantine[:3])
+        raise RunError(
+            f"{len(quarantine)} of {total} images cannot be read, more than --max-bad {max_bad:g} "
+            f"allows: {first}{'; ...' if len(quarantine) > 3 else ''}. Remove or repair them, or "
+            "raise --max-bad"
+        )
+
+
+@dataclass
+class Pictures:
+    """The usable pictures of a folder or zip.
+
+    Attributes:
+        source: where they are read from.
+        names: their names, sorted.
+        channels: 1 if all are grey, 4 if all have transparency, else 3.
+        found: number of files, broken ones included.
+        quarantine: (name, reason) of the broken files so far.
+        note: what was done to files unlike the others, for the screen.
+    """
+
+    source: Folder | Zip
+    names: list[str]
+    channels: int
+    found: int
+    quarantine: list[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
+
+    def fingerprint(self) -> str:
+        """sha256 of names and sizes (zip: checksums) and channels; the pixels are not read."""
+        lines = (f"{printable(name)} {self.source.stamp(name)}\n" for name in self.names)
+        return hashlib.sha256(f"{self.channels}\n{''.join(lines)}".encode()).hexdigest()
+
+
+def open_pictures(path: Path) -> Folder | Zip:
+    """Raises UsageError if ``path`` is neither a folder nor a zip, or has no pictures."""
+    if path.is_dir():
+        source = Folder(path)
+    elif path.suffix.lower() == ".zip":
+        source = Zip(path)
+    else:
+        raise UsageError(f"data_dir is {str(path)!r}: name a folder, a .zip, an .npy or an .npz")
+    if not source.names:
+        raise UsageError(f"data_dir is {str(path)!r}: no images there ({', '.join(_COMMON)})")
+    return source
+
+
+_COMMON = ("png", "jpg", "webp", "bmp", "gif", "tiff", "ppm")
+
+
+def _attempt(function: Callable, source: Folder | Zip, name: str):
+    """(result, None) or (None, reason)."""
+    try:
+        with source.open(name) as file:
+            return function(file), None
+    except BadImage as error:
+        return None, str(error)
+    except OSError as error:
+        return None, error.strerror or type(error).__name__
+
+
+def _in_threads(function: Callable, names: list[str], title: str) -> Iterable:
+    def results():
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(names), _CHUNK):
+                yield from pool.map(function, names[start : start + _CHUNK])
+
+    if not sys.stderr.isatty():
+        return results()
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(
+        results(), title, total=len(names), console=Console(stderr=True), transient=True
+    )
+
+
+def scan(source: Folder | Zip, max_bad: float) -> Pictures:
+    """Read the header of every file and settle the number of channels.
+
+    Raises:
+        RunError: if too many files are no pictures.
+    """
+    names, headers, quarantine = [], [], []
+    with quiet():
+        tries = _in_threads(
+            lambda name: _attempt(read_header, source, name), source.names, "Reading headers"
+        )
+        for name, (header, reason) in zip(source.names, tries, strict=True):
+            if header is None:
+                quarantine.append((printable(name), reason))
+            else:
+                names.append(name)
+                headers.append(header)
+    check_quarantine(quarantine, len(source.names), max_bad)
+    if not names:
+        raise UsageError(f"data_dir is {str(source.path)!r}: none of its images can be read")
+    alpha = sum(header.alpha for header in headers)
+    grey = sum(header.grey for header in headers)
+    notes = []
+    if alpha == len(headers):
+        channels = 4
+    else:
+        channels = 1 if grey == len(headers) else 3
+        if alpha:
+            notes.append(f"{alpha} with transparency laid on white")
+        if channels == 3 and grey:
+            notes.append(f"{grey} grey ones made RGB")
+    return Pictures(source, names, channels, len(source.names), quarantine, ", ".join(notes))
+
+
+def decode_all(pictures: Pictures, resolution: int, max_bad: float) -> Tensor:
+    """Decode every picture: (N, C, resolution, resolution) uint8. Broken ones go to quarantine
+    and leave ``pictures.names``.
+
+    Raises:
+        RunError: if too many files are broken.
+    """
+    channels, good = pictures.channels, []
+    result = torch.empty(
+        len(pictures.names), channels, resolution, resolution, dtype=torch.uint8
+    )
+
+    def read(name: str):
+        return _attempt(lambda file: decode(file, channels, resolution), pictures.source, name)
+
+    with quiet():
+        tries = _in_threads(read, pictures.names, "Decoding images")
+        for name, (pixels, reason) in zip(pictures.names, tries, strict=True):
+            if pixels is None:
+                pictures.quarantine.append((printable(name), reason))
+            else:
+                result[len(good)] = torch.from_numpy(pixels.copy())
+                good.append(name)
+    check_quarantine(pictures.quarantine, pictures.found, max_bad)
+    if not good:
+        raise UsageError(f"data_dir is {str(pictures.source.path)!r}: no image can be read")
+    pictures.names = good
+    return result[: len(good)]
+
+
+class Decoder(torch.utils.data.Dataset):
+    """Decodes one picture at a time, in a worker process or in a thread.
+
+    Item ``position`` is picture ``members[position]``. A broken one is replaced by the next that
+    can be read, so the answer depends on the files alone.
+    """
+
+    # So many broken files in a row are not bad luck: the disk is gone.
+    _MAX_TRIES = 100
+
+    def __init__(self, pictures: Pictures, members: Tensor, resolution: int):
+        self.pictures, self.members, self.resolution = pictures, members, resolution
+
+    def __getitem__(self, position: int) -> tuple[Tensor | None, int, list[tuple[str, str]]]:
+        """(pixels (C, R, R) uint8 or None, position they belong to, broken files met)."""
+        pictures, broken = self.pictures, []
+        for shift in range(min(self._MAX_TRIES, len(self.members))):
+            place = (position + shift) % len(self.members)
+            name = pictures.names[self.members[place]]
+            pixels, reason = _attempt(
+                lambda file: decode(file, pictures.channels, self.resolution),
+                pictures.source, name,
+            )
+            if pixels is not None:
+                return torch.from_numpy(pixels.copy()), place, broken
+            broken.append((printable(name), reason))
+        return None, position, broken
+
+
+@dataclass
+class Decoded:
+    """A batch of decoded pictures.
+
+    Attributes:
+        pixels: (B, C, R, R) uint8, or None if some could not be replaced.
+        positions: (B,) int64, what the rows are.
+        broken: (name, reason) of the broken files met.
+    """
+
+    pixels: Tensor | None
+    positions: Tensor
+    broken: list[tuple[str, str]]
+
+    @classmethod
+    def collate(cls, results: list) -> Decoded:
+        """Join what Decoder gave. Runs in the worker: one tensor is one file handle to pass on,
+        where a tensor per picture would use up the handles a process may have.
+        """
+        pixels = [pixels for pixels, _, _ in results]
+        return cls(
+            None if any(image is None for image in pixels) else torch.stack(pixels),
+            torch.tensor([position for _, position, _ in results]),
+            [entry for _, _, broken in results for entry in broken],
+        )
+
+
+def start_worker(worker: int) -> None:
+    """Set up a decoding process.
+
+    The main process decides what a signal means; a worker that died of the Ctrl-C or SIGTERM sent
+    to the whole group would take the run with it before the checkpoint. Workers end when told, or
+    when the main process is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # they would be printed over the progress line
