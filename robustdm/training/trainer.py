@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustdm import random
-from robustdm.data import load_data
+from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.models import build_model
 from robustdm.objectives import Objective
@@ -31,12 +31,17 @@ PROBE_STEP = 2**32 - 1
 
 
 class Trainer:
-    """The state of a run and what can be done with it; `train` drives it."""
+    """The state of a run and what can be done with it; `train` drives it.
 
-    def __init__(self, config: TrainConfig):
+    Args:
+        config: the run's configuration.
+        data: what to train on; what the configuration names if None.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data | None = None):
         self.config = config
         self.device = resolve_device(config.device)
-        self.data = load_data(config)
+        self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
         self.schedule = self.objective.schedule
         self.model = build_model(config, self.data.shape).to(self.device)

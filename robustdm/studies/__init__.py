@@ -1,0 +1,1 @@
+"""Studies: one command each that trains several arms, measures them and judges the claims."""
