@@ -36,9 +36,10 @@ def load_array(path: Path) -> Tensor:
     except UsageError:
         raise
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        hint = " (mixed shapes or Python objects: save one uint8 array)" if (
-            "pickle" in str(error).lower()) else ""
-        raise UsageError(f"{path}: cannot be read as an array: {_line(error)}{hint}") from None
+        objects = any(word in str(error) for word in ("Object arrays", "Python objects"))
+        why = "images of mixed shapes, or other objects: save one uint8 array" if objects else (
+            f"cannot be read as an array: {_line(error)}")
+        raise UsageError(f"{path}: {why}") from None
     return _checked(array, path)
 
 
@@ -47,6 +48,10 @@ def _line(error: Exception) -> str:
 
 
 def _read(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        # numpy would take anything else for a pickle.
+        if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
+            raise ValueError("it is neither an .npy nor an .npz")
     # An .npy is mapped, so a header that promises too much fails at once.
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):

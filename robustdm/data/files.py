@@ -70,10 +70,7 @@ class Zip:
             members = self._archive().namelist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UsageError(f"{path}: not a readable zip: {error}") from None
-        hidden = ("__MACOSX/", ".")
-        self.names = sorted(
-            {name for name in members if _is_picture(name) and not name.startswith(hidden)}
-        )
+        self.names = sorted({name for name in members if _is_picture(name)})
 
     def _archive(self) -> zipfile.ZipFile:
         # A process that was forked must not share the parent's file position.
@@ -102,8 +99,11 @@ class Zip:
 
 
 def _is_picture(name: str) -> bool:
-    base = name.rsplit("/", 1)[-1]
-    return not base.startswith(".") and Path(base).suffix.lower() in SUFFIXES
+    """By its suffix; hidden files and what macOS adds to zips are none."""
+    hidden = any(
+        part == "__MACOSX" or part.startswith(".") and part.strip(".") for part in name.split("/")
+    )
+    return not hidden and Path(name).suffix.lower() in SUFFIXES
 
 
 def printable(name: str) -> str:

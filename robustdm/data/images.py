@@ -143,6 +143,8 @@ def _data_path(config: TrainConfig) -> Path:
                 f"data_dir is not set and {path} does not exist: download {URL} into {path}/, or "
                 "name the archive's place with --data-dir"
             )
+    if path is None:
+        raise UsageError("data_dir is not set: name the folder, zip, .npy or .npz to train on")
     if not path.exists():
         remedy = f"download {URL} and name it here" if config.data == "cifar10" else (
             "name a folder, zip, .npy or .npz of images")
