@@ -279,7 +279,8 @@ def project_step(start: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
 
 def mean_flat(x: Tensor) -> Tensor:
     """Mean over everything but the first dimension: (B, ...) -> (B,), at least in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1).mean(1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.flatten(1).mean(1) if x.ndim > 1 else x
 
 
 @contextmanager

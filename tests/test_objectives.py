@@ -1,0 +1,349 @@
+"""The objectives: their definition, gradients, attack, and independence of splits and precision."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robustdm import NoiseSchedule, Objective, Perturbation, UsageError
+from robustdm.models import PointMLP, build_model
+from robustdm.objectives import OBJECTIVES, project_step
+from robustdm.schedule import expand
+from robustdm.training.config import TrainConfig
+
+SCHEDULE = NoiseSchedule.linear(1000)
+ROBUST = [name for name in OBJECTIVES if name != "ddpm"]
+
+
+def points(batch=6, shape=(5,), dtype=torch.float64):
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def network(dim=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    return PointMLP(dim, width=16, depth=2, embedding=8).to(dtype)
+
+
+class Counting(nn.Module):
+    """Counts forward passes, and the dropout masks they used."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.inputs = inner, []
+
+    def forward(self, x, t):
+        self.inputs.append(x.detach().clone())
+        return self.inner(x, t)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_is_its_equation(name):
+    """Every objective against its formula written out with plain tensors."""
+    model, x0 = network(), points()
+    pert = Perturbation(lambda_mode="x", lam=0.4)
+    objective = Objective(name, SCHEDULE, pert)
+    draw = objective.draw(x0, seed=3, step=5)
+    out = objective(model, x0, draw)
+
+    a = SCHEDULE.alphas_cumprod[draw.t].sqrt()[:, None]
+    s = (1 - SCHEDULE.alphas_cumprod[draw.t]).sqrt()[:, None]
+    xt = a * x0 + s * draw.eps
+    r = pert.radius(SCHEDULE, draw.t, draw.beta)[:, None]
+    clean = model(xt, draw.t)
+    fit = ((clean - draw.eps) ** 2).mean(1)
+    assert torch.allclose(out.xt, xt) and torch.allclose(out.fit, fit)
+    if name == "ddpm":
+        assert out.delta is None and out.x_adv is None and not out.reg.any()
+        wanted = fit.mean()
+    else:
+        start = draw.delta
+        if name in ("robust_adv", "invariance"):
+            probe = start.clone().requires_grad_()
+            change = ((model(xt + s * probe, draw.t) - clean.detach()) ** 2).sum()
+            step = torch.autograd.grad(change, probe)[0].sign()
+        else:
+            step = start.sign() if name == "outward_ran" else torch.zeros_like(start)
+        delta = (start + r / math.sqrt(3) * step).clamp(-r, r)
+        shift = 0 if name == "invariance" else delta
+        weight = pert.lambda_t(SCHEDULE, draw.t, draw.beta)
+        reg = weight * ((model(xt + s * delta, draw.t) - clean - shift) ** 2).mean(1)
+        assert torch.allclose(out.delta, delta) and torch.allclose(out.x_adv, xt + s * delta)
+        assert torch.allclose(out.reg, reg)
+        wanted = (fit + reg).mean()
+    assert torch.allclose(out.total, wanted)
+    got = torch.autograd.grad(out.total, list(model.parameters()))
+    for g, w in zip(got, torch.autograd.grad(wanted, list(model.parameters())), strict=True):
+        assert torch.allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_perfect_denoiser_pays_no_regulariser(name):
+    """E(x) = (x - a x0) / s predicts x0 whatever the input: equivariant, hence not invariant."""
+    x0 = points(8, (2, 3))
+    objective = Objective(name, SCHEDULE)
+    draw = objective.draw(x0, seed=0, step=0)
+    a = SCHEDULE.at("sqrt_alphas_cumprod", draw.t, x0)
+    s = SCHEDULE.at("sqrt_one_minus_alphas_cumprod", draw.t, x0)
+    out = objective(lambda x, t: (x - a * x0) / s, x0, draw)
+    assert out.fit.max() < 1e-18
+    if name == "invariance":
+        assert out.reg.min() > 1e-3
+    else:
+        assert out.reg.max() < 1e-18
+
+
+def test_the_residual_is_the_change_of_the_predicted_data():
+    """o' - o - delta = -(a / s) (x0_hat' - x0_hat), for any network."""
+    model, x0 = network(), points(64)
+    objective = Objective("robust_adv", SCHEDULE)
+    draw = objective.draw(x0, seed=1, step=2)
+    out = objective(model, x0, draw)
+    clean, adv = model(out.xt, draw.t), model(out.x_adv, draw.t)
+    change = SCHEDULE.predict_x0(out.x_adv, draw.t, adv) - SCHEDULE.predict_x0(
+        out.xt, draw.t, clean)
+    a = SCHEDULE.at("sqrt_alphas_cumprod", draw.t, x0)
+    s = SCHEDULE.at("sqrt_one_minus_alphas_cumprod", draw.t, x0)
+    assert (adv - clean - out.delta + a / s * change).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROBUST)
+def test_the_perturbation_stays_in_the_ball(name, dtype):
+    x0 = points(64, (3, 4, 4), dtype)
+    objective = Objective(name, SCHEDULE)
+    draw = objective.draw(x0, seed=2, step=9)
+    model = nn.Conv2d(3, 3, 3, padding=1).to(dtype)
+    out = objective(lambda x, t: model(x), x0, draw)
+    r = expand(draw.radius, x0)
+    assert draw.delta.dtype == out.delta.dtype == draw.radius.dtype == dtype
+    assert (draw.delta.abs() <= r).all() and (out.delta.abs() <= r).all()
+    if name != "robust_ran":
+        assert (out.delta.abs() == r).double().mean() > 0.2  # and many reach its surface
+
+
+def test_energies():
+    """E delta^2 / r^2: 1/3 random; 0.468 after a step of random sign; 0.8465 outwards."""
+    x0 = torch.zeros(400, 500, dtype=torch.float64)
+    draw = Objective("robust_adv", SCHEDULE).draw(x0, seed=0, step=0)
+    r = draw.radius[:, None]
+    g = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=x0.dtype)
+
+    def energy(delta):
+        return float(((delta / r) ** 2).mean())
+
+    assert abs(energy(draw.delta) - 1 / 3) < 0.003
+    assert abs(energy(project_step(draw.delta, g, draw.radius)) - 0.468) < 0.003
+    outward = project_step(draw.delta, draw.delta, draw.radius)
+    assert abs(energy(outward) - 0.8465) < 0.003
+    assert abs(float((outward.abs() == r).double().mean()) - 0.577) < 0.004
+
+
+def test_a_zero_gradient_leaves_the_random_start():
+    """A network with a zero output layer has no gradient yet: sign(0) must move nothing."""
+    model, x0 = network(), points()
+    nn.init.zeros_(model.outlet.weight)
+    objective = Objective("robust_adv", SCHEDULE)
+    draw = objective.draw(x0, seed=0, step=0)
+    assert torch.equal(objective(model, x0, draw).delta, draw.delta)
+
+
+def test_zero_radius_is_plain_ddpm():
+    model, x0 = network(), points()
+    tiny = Perturbation(omega=200.0, gamma=0.0, lambda_mode="x", lam=0.0)
+    robust, plain = Objective("robust_adv", SCHEDULE, tiny), Objective("ddpm", SCHEDULE)
+    draw = robust.draw(x0, seed=4, step=4)
+    assert torch.equal(robust(model, x0, draw).total, plain(model, x0, draw).total)
+
+
+def test_lambda_max_bounds_the_weight():
+    model, x0 = network(), points(256)
+    free, bound = (Objective("robust_ran", SCHEDULE, lambda_max=m) for m in (None, 2.0))
+    draw = free.draw(x0, seed=0, step=0)
+    weight = free.perturbation.lambda_t(SCHEDULE, draw.t, draw.beta)
+    a, b = free(model, x0, draw).reg, bound(model, x0, draw).reg
+    assert (weight > 2).any() and torch.allclose(b, a * (2 / weight).clamp(max=1))
+
+
+def test_detached_clean_stops_one_gradient():
+    """Same value; the regulariser's gradient goes through the adversarial branch alone."""
+    model, x0 = network(), points()
+    both, one = (Objective("robust_ran", SCHEDULE, detach_clean=d) for d in (False, True))
+    draw = both.draw(x0, seed=0, step=0)
+    a, b = both(model, x0, draw), one(model, x0, draw)
+    assert torch.equal(a.total, b.total)
+    weights = list(model.parameters())
+    clean = model(a.xt, draw.t).detach()
+    weight = both.perturbation.lambda_t(SCHEDULE, draw.t, draw.beta)
+    reg = (weight * ((model(a.x_adv, draw.t) - clean - a.delta) ** 2).mean(1)).mean()
+    wanted = torch.autograd.grad(reg, weights)
+    fit = torch.autograd.grad(b.fit.mean(), weights, retain_graph=True)
+    got = torch.autograd.grad(b.total, weights)
+    for g, f, w in zip(got, fit, wanted, strict=True):
+        assert torch.allclose(g - f, w, atol=1e-10)
+    free = torch.autograd.grad(a.total, weights)
+    assert any(not torch.allclose(g, f) for g, f in zip(got, free, strict=True))
+
+
+def test_the_equivariance_attack_raises_the_residual_more():
+    model, x0 = network(), points(512)
+    regs = {}
+    for attack in ("output", "equivariance"):
+        objective = Objective("robust_adv", SCHEDULE, attack=attack)
+        draw = objective.draw(x0, seed=0, step=0)
+        regs[attack] = objective(model, x0, draw).reg.sum()
+    random = Objective("robust_ran", SCHEDULE)(model, x0, draw).reg.sum()
+    assert regs["equivariance"] > regs["output"] and regs["equivariance"] > 1.5 * random
+
+
+@pytest.mark.parametrize("name, passes", [
+    ("ddpm", 1), ("robust_ran", 2), ("outward_ran", 2), ("robust_adv", 3), ("invariance", 3)
+])
+def test_forward_passes(name, passes):
+    model, x0 = Counting(network()), points()
+    objective = Objective(name, SCHEDULE)
+    out = objective(model, x0, objective.draw(x0, seed=0, step=0))
+    assert [len(x) for x in model.inputs] == [len(x0)] * passes
+    assert torch.equal(model.inputs[0], out.xt)
+    if passes > 1:
+        assert torch.equal(model.inputs[-1], out.x_adv)
+
+
+def test_the_attack_computes_no_weight_gradient():
+    """Counted in the backward graph itself: convolutions are asked for input gradients alone."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    masks = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(tuple(args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    config = TrainConfig(block_channels=(8, 8), norm_groups=4)
+    model = build_model(config, (1, 8, 8))
+    objective = Objective("robust_adv", SCHEDULE)
+    x0 = torch.randn(2, 1, 8, 8)
+    with Spy():
+        out = objective(model, x0, objective.draw(x0, seed=0, step=0))
+        attack = list(masks)
+        masks.clear()
+        out.total.backward()
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert len(attack) == convolutions and all(m == (True, False, False) for m in attack)
+    assert len(masks) == 2 * convolutions and all(m[1] for m in masks)
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.masks = []
+
+    def forward(self, x, t):
+        out = self.drop(torch.ones_like(x))
+        self.masks.append(out == 0)
+        return out * x
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_dropout_masks(share):
+    model, x0 = Dropping(), points(4, (50,))
+    objective = Objective("robust_adv", SCHEDULE, share_dropout=share)
+    before = torch.random.get_rng_state()
+    objective(model, x0, objective.draw(x0, seed=0, step=0))
+    same = [torch.equal(model.masks[0], mask) for mask in model.masks]
+    assert same == ([True, True, True] if share else [True, False, False])
+    if share:
+        assert torch.equal(before, torch.random.get_rng_state())  # the user's stream is untouched
+        masks = [model.masks[0]]
+        for seed, step, first in ((0, 1, 0), (1, 0, 0), (0, 0, 4)):
+            objective(model, x0, objective.draw(x0, seed=seed, step=step, first_index=first))
+            masks.append(model.masks[-1])
+        assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
+
+
+@pytest.mark.parametrize("beta_per", ["sample", "batch"])
+def test_a_split_batch_draws_what_the_whole_does(beta_per):
+    model, x0 = network(), points(10)
+    objective = Objective("robust_adv", SCHEDULE, beta_per=beta_per)
+    whole = objective.draw(x0, seed=9, step=3)
+    total = objective(model, x0, whole)
+    for start, stop in ((0, 4), (4, 10)):
+        draw = objective.draw(x0[start:stop], seed=9, step=3, first_index=start)
+        part = objective(model, x0[start:stop], draw)
+        for a, b in ((draw.t, whole.t), (draw.beta, whole.beta), (draw.eps, whole.eps),
+                     (draw.delta, whole.delta), (part.delta, total.delta)):
+            assert torch.equal(a, b[start:stop])
+        assert torch.allclose(part.reg, total.reg[start:stop])
+    assert (whole.beta == whole.beta[0]).all() == (beta_per == "batch")
+
+
+def test_draws_repeat_and_differ():
+    x0 = points(32)
+    objective = Objective("robust_adv", SCHEDULE)
+    first, again = (objective.draw(x0, seed=1, step=1) for _ in range(2))
+    assert torch.equal(first.eps, again.eps) and torch.equal(first.t, again.t)
+    for other in (objective.draw(x0, seed=2, step=1), objective.draw(x0, seed=1, step=2)):
+        assert not torch.equal(first.t, other.t) and not torch.equal(first.eps, other.eps)
+        assert not torch.equal(first.delta, other.delta)
+
+
+def test_laws_of_the_draw():
+    x0 = torch.zeros(40_000, 2)
+    draw = Objective("robust_adv", SCHEDULE).draw(x0, seed=0, step=0)
+    counts = torch.bincount(draw.t, minlength=1000)
+    assert draw.t.min() == 0 and draw.t.max() == 999 and counts.min() > 10
+    assert draw.beta.min() >= 0.5 and draw.beta.max() < 2
+    assert abs(draw.beta.mean() - 1.25) < 0.01 and abs((1 / draw.beta).mean() - 0.9242) < 0.01
+    unit = draw.delta / draw.radius[:, None]
+    values = torch.stack([draw.eps[:, 0], draw.eps[:, 1], unit[:, 0], unit[:, 1],
+                          draw.t.float(), draw.beta.float()])
+    assert (torch.corrcoef(values) - torch.eye(6)).abs().max() < 0.02
+    assert abs(draw.eps.var() - 1) < 0.02 and abs(unit.var() - 1 / 3) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (3, 8, 8), (2, 3, 4, 5), ()])
+@pytest.mark.parametrize("name", ["ddpm", "robust_adv"])
+def test_any_trailing_shape(name, shape):
+    x0 = points(4, shape)
+    objective = Objective(name, SCHEDULE)
+    out = objective(lambda x, t: x.sin() * 0.5, x0, objective.draw(x0, seed=0, step=0))
+    assert out.xt.shape == x0.shape and out.fit.shape == (4,) and out.total.dtype == x0.dtype
+
+
+def test_diffusers_networks_work_as_they_are():
+    config = TrainConfig(block_channels=(8, 8), norm_groups=4)
+    model = build_model(config, (1, 8, 8))
+    x0 = torch.randn(2, 1, 8, 8)
+    objective = Objective("robust_adv", SCHEDULE)
+    draw = objective.draw(x0, seed=0, step=0)
+    wrapped = objective(lambda x, t: model(x, t).sample, x0, draw)
+    assert torch.equal(objective(model, x0, draw).total, wrapped.total)
+
+
+@pytest.mark.parametrize("arguments, match", [
+    (("robust",), "objective is 'robust'"),
+    (("ddpm", {"backend": "cuda"}), "backend is 'cuda'"),
+    (("ddpm", {"beta_per": "image"}), "beta_per is 'image'"),
+    (("ddpm", {"attack": "pgd"}), "attack is 'pgd'"),
+    (("ddpm", {"lambda_max": -1.0}), "lambda_max is -1.0"),
+])
+def test_unknown_options_are_refused(arguments, match):
+    name, *rest = arguments
+    with pytest.raises(UsageError, match=match):
+        Objective(name, SCHEDULE, **(rest[0] if rest else {}))
+
+
+def test_wrong_tensors_are_refused():
+    objective = Objective("ddpm", SCHEDULE)
+    x0 = points()
+    draw = objective.draw(x0, seed=0, step=0)
+    with pytest.raises(UsageError, match=r"torch.int64 of shape \(2, 2\)"):
+        objective.draw(torch.zeros(2, 2, dtype=torch.int64), seed=0, step=0)
+    with pytest.raises(UsageError, match=r"draw has shape \(6, 5\), x0 \(3, 5\)"):
+        objective(network(), x0[:3], draw)
+    with pytest.raises(UsageError, match=r"shape \(6, 4\) for an input of shape \(6, 5\)"):
+        objective(lambda x, t: x[:, 1:], x0, draw)
