@@ -191,8 +191,9 @@ class _Session:
         if in_a_row >= self.config.max_skipped:
             raise RunError(
                 f"{in_a_row} steps in a row gave a loss or gradient that is not finite, the last "
-                f"with the items {indices.tolist()[:16]}: look at these data, or lower --lr, or set "
-                f"--lambda-max; the weights were not touched, checkpoints are in {self.run_dir.path}"
+                f"with the items {indices.tolist()[:16]}: look at these data, lower --lr, or set "
+                f"--lambda-max; the weights were not touched, and checkpoints are kept in "
+                f"{self.run_dir.checkpoints}"
             )
 
     def _log(self, sampled: bool) -> None:
@@ -234,8 +235,8 @@ class _Session:
         if looks_clean and self.config.objective != "ddpm":
             self.warn(
                 "the training images look clean (median noise sd "
-                f"{self.reference['train']['noise_level']:.3f}): on clean data the robust objective "
-                "costs quality (in the paper FID rises from 7 to 29); --objective ddpm does not"
+                f"{self.reference['train']['noise_level']:.3f}): on clean data the robust "
+                "objective costs quality (FID 29 against 7 in the paper); --objective ddpm does not"
             )
 
     def _warn_of_noise(self, samples: dict[str, float]) -> None:
@@ -248,8 +249,8 @@ class _Session:
         kept = max(0.0, samples["noise_level"] ** 2 - floor**2) / excess if excess > 0 else 0.0
         if kept > 0.5:
             self.warn(
-                f"the samples carry {kept:.0%} of the training data's noise variance: train longer, "
-                "raise --lam, or try another --lambda-mode"
+                f"the samples carry {kept:.0%} of the training data's noise variance: train "
+                "longer, raise --lam, or try another --lambda-mode"
             )
 
     def _compile(self) -> None:
