@@ -102,6 +102,14 @@ def test_files_are_plain_safetensors_and_json(root):
     assert torch.equal(raw(theirs["turned"]), raw(tensors_of(3)["model"]["turned"]))
     with safetensors.safe_open(path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    data = (path / "optimizer.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    del header["__metadata__"]
+    # Aligned, so that readers may map the file instead of copying it.
+    sizes = {"I64": 8, "F32": 4}
+    assert all((start + entry["data_offsets"][0]) % sizes.get(entry["dtype"], 1) == 0
+               for entry in header.values())
     state = json.loads((path / "state.json").read_text())
     assert state == {"note": "run 3", "step": 3}
     manifest = json.loads((path / "MANIFEST.json").read_text())
@@ -556,6 +564,32 @@ def test_training_goes_on_bit_for_bit(root, options):
         assert torch.equal(mine, theirs)
 
 
+def test_moments_take_the_memory_format_of_their_parameter():
+    # A fused update walks through parameter and moments side by side, in the order of memory.
+    def setup():
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(2, 3, 8, 8, generator=generator)
+        optimizer.zero_grad()
+        model(images.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = setup()
+    step(model, optimizer, 0)
+    tensors, rest = optimizer_tensors(optimizer)
+    other, resumed = setup()
+    other.load_state_dict(model.state_dict())
+    load_optimizer(resumed, {name: t.clone(memory_format=torch.contiguous_format)
+                             for name, t in tensors.items()}, rest)
+    step(model, optimizer, 1)
+    step(other, resumed, 1)
+    assert torch.equal(model.weight, other.weight)
+
+
 def test_the_way_an_update_is_computed_is_not_restored():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -583,6 +617,10 @@ def test_another_architecture_is_named():
     assert message.startswith("checkpoint of another architecture: parameter 0.weight has shape "
                               "(5, 3), the network needs (4, 3); parameter 0.bias")
     assert message.count("has shape") == 3 and "\n" not in message
+
+    with pytest.raises(UsageError, match="; and 1 more; use the configuration") as info:
+        check_model_shapes(network(4), {**tensors, "2.bias": torch.zeros(7)})
+    assert str(info.value).count("has shape") == 3
 
     tensors = network(4).state_dict()
     del tensors["2.bias"]

@@ -531,12 +531,19 @@ def load_optimizer(
         if not number.isdigit() or int(number) >= len(parameters):
             problems.append(f"parameter {name} is unknown to the network")
             continue
-        needed = () if key == "step" else tuple(parameters[int(number)].shape)
+        parameter = parameters[int(number)]
+        needed = () if key == "step" else tuple(parameter.shape)
         if tuple(tensor.shape) != needed:
             problems.append(f"parameter {names[int(number)]} has shape {tuple(tensor.shape)}, "
                             f"the network needs {needed}")
-        # torch moves the step to the device only where the update wants it there.
-        state.setdefault(int(number), {})[key] = tensor.cpu() if key == "step" else tensor
+            continue
+        # Fused updates walk through parameter and moments in the order of memory, unchecked: the
+        # moments must have the parameter's strides (channels-last). The step torch itself moves to
+        # the device, where the update wants it there.
+        value = tensor.cpu() if key == "step" else (
+            torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        )
+        state.setdefault(int(number), {})[key] = value
     _refuse(problems)
     groups = []
     for saved, own, live in zip(

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+import robustdm
 from robustdm.errors import RunError, UsageError
 from robustdm.training.config import TrainConfig
 
@@ -334,8 +335,8 @@ def provenance() -> dict:
     """Where, when and by which versions this process runs; JSON-able."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for name in ("robustdm", "torch", "numpy", "diffusers", "safetensors", "triton", "xformers"):
+    versions = {"python": platform.python_version(), "robustdm": robustdm.__version__}
+    for name in ("torch", "numpy", "diffusers", "safetensors", "triton", "xformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
