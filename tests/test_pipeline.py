@@ -76,7 +76,8 @@ def test_pipeline_samples_as_we_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("schedule,named", [
     (NoiseSchedule.linear(1000), "linear"), (NoiseSchedule.linear(50), "linear"),
     (NoiseSchedule.cosine(100), "squaredcos_cap_v2"),
-    (NoiseSchedule(torch.linspace(0.1, 0.7, 9) ** 2), None)])
+    (NoiseSchedule(torch.linspace(0.1, 0.7, 9) ** 2), None),
+    (NoiseSchedule(NoiseSchedule.linear(50).betas ** 1.001), None)])
 def test_scheduler_has_the_schedule_s_betas(schedule, named):
     config = scheduler_config(schedule)
     assert config.get("beta_schedule") == named

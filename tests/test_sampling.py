@@ -183,6 +183,15 @@ def test_ddim_with_full_noise_is_ddpm_with_small_variance():
     torch.testing.assert_close(ddim, ddpm, rtol=1e-9, atol=1e-9)
 
 
+def test_defaults_are_the_paper_s_sampler():
+    kwargs = dict(num=1, seed=0)
+    spelt_out = sample(toy_model, SCHEDULE, (2,), sampler="ddpm", steps=1000, eta=0.0, clip=False,
+                       variance="fixed_large", **kwargs)
+    assert torch.equal(sample(toy_model, SCHEDULE, (2,), **kwargs), spelt_out)
+    small = sample(toy_model, SCHEDULE, (2,), variance="fixed_small", **kwargs)
+    assert not torch.equal(small, spelt_out)
+
+
 # The closed form: Gaussian data of variance v, for which the optimal network is linear in x.
 
 RANDOM_ENERGY, ADVERSARIAL_ENERGY = 1 / 3, 0.84653
