@@ -58,10 +58,10 @@ class Arm:
         return f"{self.group}-{name}-seed{self.config.seed}-{digest.hexdigest()[:8]}"
 
 
-def run_arm(arm: Arm, out: Path, threads: int) -> dict:
-    """Train and measure one arm; writes its record, weights and samples under ``out/arms``."""
+def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
+    """Train and measure one arm; writes its record, weights and samples into ``kept``."""
     torch.set_num_threads(threads)
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     trainer = Trainer(arm.config, arm.make_data(arm.config))
     stream = batches(trainer.data, arm.config, 0, trainer.device)
     for _ in range(arm.config.steps):
@@ -69,7 +69,7 @@ def run_arm(arm: Arm, out: Path, threads: int) -> dict:
     window = trainer.window()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    trained = time.perf_counter()
+    trained, train_cpu = time.perf_counter(), time.process_time() - begin_cpu
     samples = sample(
         trainer.emas[0].model, trainer.schedule, trainer.data.shape, num=arm.samples,
         sampler=arm.sampler, steps=arm.sampling_steps, seed=arm.config.seed,
@@ -84,14 +84,16 @@ def run_arm(arm: Arm, out: Path, threads: int) -> dict:
         "reg": window.get("reg"),
         "skipped": window["skipped"],
         "train_s": trained - begin,
+        # What other work on the machine does not stretch.
+        "train_cpu_s": train_cpu,
         "sample_s": time.perf_counter() - trained,
         "config": arm.config.to_dict(),
     }
     weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
-    save_file(weights, out / "arms" / f"{arm.key}.safetensors")
-    save_file({"samples": samples.contiguous()}, out / "arms" / f"{arm.key}-samples.safetensors")
+    save_file(weights, kept / f"{arm.key}.safetensors")
+    save_file({"samples": samples.contiguous()}, kept / f"{arm.key}-samples.safetensors")
     # Last: the record is what says that the arm is done.
-    (out / "arms" / f"{arm.key}.json").write_text(json.dumps(record, indent=1))
+    (kept / f"{arm.key}.json").write_text(json.dumps(record, indent=1))
     return record
 
 
@@ -100,20 +102,23 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
 
     Args:
         arms: what to run.
-        out: directory of the study; an interrupted study goes on where it stopped.
+        out: directory of the study. Arms are kept in ``arms`` beside it, so that an interrupted
+            study goes on where it stopped, and studies share the arms they have in common.
         jobs: processes side by side; 0 is one per CPU core, or one on a GPU.
 
     Raises:
         RunError: if an arm failed; the finished ones are kept.
     """
-    (out / "arms").mkdir(parents=True, exist_ok=True)
+    kept = arms_directory(out)
+    kept.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not jobs:
         jobs = 1 if torch.cuda.is_available() else cores
     threads = max(1, cores // jobs)
     records: dict[Arm, dict] = {}
     for arm in arms:
-        path = out / "arms" / f"{arm.key}.json"
+        path = kept / f"{arm.key}.json"
         if path.exists():
             records[arm] = json.loads(path.read_text())
     missing = [arm for arm in arms if arm not in records]
@@ -122,7 +127,7 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
     begin = time.perf_counter()
     # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(run_arm, arm, out, threads): arm for arm in missing}
+        running = {pool.submit(run_arm, arm, kept, threads): arm for arm in missing}
         try:
             for done, future in enumerate(as_completed(running), 1):
                 arm = running[future]
@@ -136,21 +141,26 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
             text = " ".join(str(error).split()) or type(error).__name__
             raise RunError(
                 f"{arm.group} / {arm.name}, seed {arm.config.seed} failed: {text}; finished arms "
-                f"are kept in {out}, the same command goes on from there"
+                f"are kept in {kept}, the same command goes on from there"
             ) from error
     return [records[arm] for arm in arms]
+
+
+def arms_directory(out: Path) -> Path:
+    """Where the studies whose directories stand side by side keep their arms."""
+    return out.parent / "arms"
 
 
 def load_model(arm: Arm, out: Path) -> torch.nn.Module:
     """The averaged weights of a finished arm, in eval mode on the CPU."""
     model = build_model(arm.config, arm.make_data(arm.config).shape)
-    model.load_state_dict(load_file(out / "arms" / f"{arm.key}.safetensors"))
+    model.load_state_dict(load_file(arms_directory(out) / f"{arm.key}.safetensors"))
     return model.eval().requires_grad_(False)
 
 
 def load_samples(arm: Arm, out: Path) -> torch.Tensor:
     """The samples of a finished arm, as drawn."""
-    return load_file(out / "arms" / f"{arm.key}-samples.safetensors")["samples"]
+    return load_file(arms_directory(out) / f"{arm.key}-samples.safetensors")["samples"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,8 @@ class Claim:
     holds: bool
 
     def __str__(self) -> str:
-        return f"{'reached' if self.holds else 'MISSED '}  {self.text}: {self.value:.3g} ({self.target})"
+        verdict = "reached" if self.holds else "MISSED "
+        return f"{verdict}  {self.text}: {self.value:.3g} ({self.target})"
 
 
 def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], records) -> None:

@@ -93,7 +93,7 @@ class TrainConfig:
     # Network.
     network: Literal["unet", "mlp"] = "unet"
     """diffusers UNet2DModel for images, residual MLP for points."""
-    block_channels: tuple[int, ...] = (32, 64)
+    block_channels: tuple[int, ...] = (32, 48)
     """unet: channels per resolution level."""
     layers_per_block: int = 1
     """unet: residual blocks per level."""
@@ -127,7 +127,7 @@ class TrainConfig:
     """Decoupled weight decay."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
-    ema_rates: tuple[float, ...] = (0.99,)
+    ema_rates: tuple[float, ...] = (0.995,)
     """Decay of each exponential moving average of the weights; samples use the first."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the network under autocast."""
@@ -237,7 +237,7 @@ class TrainConfig:
 
 # Every preset gives only what differs from the defaults above.
 _POINTS = dict(network="mlp", batch_size=512, steps=2500, lr=1e-3, warmup_steps=50,
-               ema_rates=(0.99,), log_every=50, sample_every=500, checkpoint_every=500,
+               ema_rates=(0.995,), log_every=50, sample_every=500, checkpoint_every=500,
                num_samples=2000, preview_steps=100)
 _CIFAR = dict(data="cifar10", resolution=32, batch_size=128, steps=200_000, lr=1e-4,
               warmup_steps=5000, ema_rates=(0.9999,), norm_groups=32, log_every=100,

@@ -1,0 +1,71 @@
+"""Which reading of lambda_t should be the default: noise removed against signal kept.
+
+All four readings with robust_adv, beside DDPM, on the subspace of rank 5 in R^32, the three
+Gaussians with outliers, the digits, and (where an .npz is given) the leading 25 principal
+coordinates of 64x64 butterflies with 40 dimensions of noise alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustdm.studies import digits, invitro, subspace
+from robustdm.studies.runner import Arm, Claim, Spread, run_arms, summarise, write_results
+from robustdm.tables import text_table
+from robustdm.training.config import TrainConfig, preset_values
+
+MODES = ("ray", "x", "std", "literal")
+OBJECTIVES = {"DDPM": dict(objective="ddpm")} | {
+    f"robust_adv ({mode})": dict(objective="robust_adv", lambda_mode=mode) for mode in MODES
+}
+SIGNAL, NOISE = 25, 40
+COLUMNS = {
+    "subspace": ["off_subspace_sd", "component_ratio_1", "component_ratio_5",
+                 "sliced_wasserstein"],
+    "gaussians, outliers": ["distance", "far_share", "sliced_wasserstein"],
+    "digits": ["noise_rms", "residual", "pixel_std", "sliced_wasserstein"],
+    "butterflies": ["off_subspace_sd", "component_ratio_1", f"component_ratio_{SIGNAL}",
+                    "sliced_wasserstein"],
+}
+
+
+def arms(seeds: int, steps: int | None, butterflies: Path | None) -> list[Arm]:
+    """Every reading on every set with every seed; shares its arms with the other studies."""
+    made = subspace.arms(seeds, steps, OBJECTIVES)
+    made += [arm for arm in invitro.arms(seeds, steps, OBJECTIVES) if arm.group in COLUMNS]
+    made += digits.arms(seeds, steps, OBJECTIVES)
+    if butterflies is not None:
+        base = preset_values("subspace") | dict(
+            data_dir=butterflies, resolution=64, subspace_rank=SIGNAL, subspace_noise_dims=NOISE,
+        ) | ({"steps": steps} if steps else {})
+        made += [
+            Arm("butterflies", name, TrainConfig(**{**base, **fields, "seed": seed}), 500)
+            for seed in range(seeds) for name, fields in OBJECTIVES.items()
+        ]
+    return made
+
+
+def run(
+    out: Path, seeds: int, steps: int | None, jobs: int, butterflies: Path | None
+) -> list[Claim]:
+    """Run the study; print and write one table per set and the score of every reading."""
+    records = run_arms(arms(seeds, steps, butterflies), out, jobs)
+    sections = []
+    scores: dict[str, dict[str, Spread | float]] = {f"robust_adv ({m})": {} for m in MODES}
+    for group, columns in COLUMNS.items():
+        mine = [record for record in records if record["group"] == group]
+        if not mine:
+            continue
+        rows = summarise(mine, columns)
+        table = text_table(rows, markdown=True)
+        sections += [f"## {group}, {seeds} seeds", table]
+        print(f"{group}\n{table}\n")
+        noise = columns[0]
+        for name, row in scores.items():
+            spread = rows[name][noise]
+            base = rows["DDPM"][noise].mean
+            row[f"{group}: noise / DDPM"] = Spread(spread.mean / base, spread.sd / base)
+    summary = text_table(scores, markdown=True)
+    print(f"noise left, as a share of DDPM's\n{summary}\n")
+    write_results(out, [*sections, "## Noise left, as a share of DDPM's", summary], [], records)
+    return []
