@@ -83,9 +83,8 @@ def _header(run: Run) -> str:
         if config.objective not in PLAIN_OBJECTIVES:
             line.append(f"lambda {config.lam:g}, mode {config.lambda_mode}")
         line.append(f"seed {config.seed}")
-    measures = _measure_table(run)
     tiles = []
-    for name, values in list(measures.items())[:4]:
+    for name, values in list(run.measures.items())[:4]:
         beside = ", ".join(
             f"{where} {_num(values[where])}" for where in PLACES[1:]
             if where in values
@@ -126,7 +125,7 @@ def _key_numbers(run: Run) -> str:
         "parameters": f"{parameters:,}" if is_number(parameters) else None,
     }
     for label, key in (("loss (last logged)", "loss"), ("fit, mean squared error of eps", "fit"),
-                       ("regulariser, with lambda_t", "reg"), ("held-out loss", "heldout_loss"),
+                       ("regulariser, with lambda_t", "reg"), ("held-out fit", "heldout_loss"),
                        ("gradient norm", "grad_norm"), ("learning rate", "lr")):
         value = run.last(key)
         rows[label] = None if value is None else _num(value)
@@ -135,14 +134,13 @@ def _key_numbers(run: Run) -> str:
 
 
 def _measures(run: Run) -> str:
-    measures = _measure_table(run)
-    if not measures:
+    if not run.measures:
         return section("How close to the clean data", soft(
             "No measures yet: they are taken when the run ends, where the clean law is known."))
     places = [place for place in PLACES
-              if any(place in values for values in measures.values())]
+              if any(place in values for values in run.measures.values())]
     rows = [[_words(name), *(_num(values.get(place)) for place in places)]
-            for name, values in measures.items()]
+            for name, values in run.measures.items()]
     return section(
         "How close to the clean data",
         soft("The samples beside the corrupted data they were learnt from and beside the same "
@@ -152,16 +150,20 @@ def _measures(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    panels = {
-        "training data, as corrupted": run.reference.get("train"),
-        "clean data, the same items": run.reference.get("clean"),
-        "samples" if run.samples is not None else "samples (latest preview)":
-            run.samples if run.samples is not None else
-            run.previews[-1][1] if run.previews else None,
-    }
+    panels = {"training data, as corrupted": run.reference.get("train"),
+              "clean data, the same items": run.reference.get("clean")}
+    if run.samples is None and run.previews:
+        panels["samples (latest preview)"] = run.previews[-1][1]
+    else:
+        panels["samples"] = run.samples
     shown = {name: array for name, array in panels.items() if _drawable(array)}
-    missing = [name for name in panels if name not in shown]
-    text = [soft(f"Missing so far: {', '.join(missing)}.")] if missing else []
+    text = []
+    if not any(name.startswith("samples") for name in shown):
+        text.append(soft("No samples yet."))
+    if not run.reference:
+        text.append(soft("samples/reference.npz, the data to compare with, is not there."))
+    elif "clean" not in run.reference:
+        text.append(soft("No clean data beside them: the training data carry no added noise."))
     return section("Training data, clean data, samples", *text,
                    _pictures(run, shown, SHEET_PIXELS))
 
@@ -221,7 +223,7 @@ def _curves(run: Run) -> str:
     wanted = [
         ("loss", {"total": "loss", "fit": "fit", "regulariser": "reg"}, True, {}),
         ("fit by timestep (low t: little noise)", bands, True, {}),
-        ("held-out loss", {"held-out": "heldout_loss", "training": "loss"}, True, {}),
+        ("held-out fit", {"held-out": "heldout_loss", "training": "fit"}, True, {}),
         ("gradient norm, before clipping", {"gradient norm": "grad_norm"}, True,
          {f"clipped at {run.config.clip_norm:g}": run.config.clip_norm}
          if run.config_found and run.config.clip_norm else {}),
@@ -230,16 +232,10 @@ def _curves(run: Run) -> str:
     columns = []
     for title, keys, log, levels in wanted:
         series = {label: column(run.rows, key) for label, key in keys.items()}
-        if title == "held-out loss" and not np.isfinite(series["held-out"]).any():
+        if title == "held-out fit" and not np.isfinite(series["held-out"]).any():
             continue
         columns.append((title, series, log, levels))
-    sampled = [row["samples"] for row in run.rows if isinstance(row.get("samples"), dict)]
-    for name in dict.fromkeys(key for row in sampled for key in row):
-        values = [row["samples"].get(name) if isinstance(row.get("samples"), dict) else None
-                  for row in run.rows]
-        levels = {place: value for place, value in _measure_table(run).get(name, {}).items()
-                  if place != "samples" and is_number(value)}
-        columns.append((f"samples: {_words(name)}", {"samples": to_array(values)}, False, levels))
+    columns += measure_columns(run)
     cards = []
     for title, series, log, levels in columns:
         series = {label: values for label, values in series.items() if np.isfinite(values).any()}
@@ -248,6 +244,23 @@ def _curves(run: Run) -> str:
             cards.append(picture(plots.png_bytes(made), alt=title))
     return section("Curves", soft("Faint: as logged. Bold: moving average."),
                    f'<div class="cards">{"".join(cards)}</div>')
+
+
+def measure_columns(run: Run) -> list[tuple[str, dict[str, np.ndarray], bool, dict[str, float]]]:
+    """Each measure of the samples over training: title, series, log axis, levels to compare."""
+    lines = [row["samples"] if isinstance(row.get("samples"), dict) else {} for row in run.rows]
+    if not lines[-1] and run.summary.get("step") == run.rows[-1]["step"]:
+        # The samples made at the end are measured in the summary.
+        lines[-1] = {name: values.get("samples") for name, values in run.measures.items()}
+    columns = []
+    for name in dict.fromkeys(key for line in lines for key in line):
+        values = to_array(line.get(name) for line in lines)
+        levels = {place: value for place, value in run.measures.get(name, {}).items()
+                  if place != "samples" and is_number(value)}
+        # Early samples may be far off by orders of magnitude.
+        log = bool((values[np.isfinite(values)] > 0).all()) and min(levels.values(), default=1) > 0
+        columns.append((f"samples: {_words(name)}", {"samples": values}, log, levels))
+    return columns
 
 
 def _schedule(run: Run) -> str:
@@ -286,16 +299,14 @@ def _commands(run: Run) -> str:
                   f"--steps {2 * run.step}")
     else:
         resume = "Continue the run", f"python -m robustdm.train --resume --out {here}"
-    commands = [
+    commands = (
         resume,
         ("Make more samples", f"python -m robustdm.sample --run {here} --num 64 --sampler ddim "
                               f"--steps {run.config.preview_steps} --out {out}"),
         ("Make this page again", f"python -m robustdm.report {here}"),
-    ]
-    return section("Commands", *(
-        f'<p class="soft">{escape(label)}</p><pre>{escape(command)}</pre>'
-        for label, command in commands
-    ))
+    )
+    return section("Commands", *(f"{soft(label)}<pre>{escape(command)}</pre>"
+                                 for label, command in commands))
 
 
 def _config(run: Run) -> str:
@@ -316,8 +327,7 @@ def _config(run: Run) -> str:
 def _provenance(run: Run) -> str:
     facts = dict(run.provenance)
     if not facts:
-        return section("Provenance", soft(
-            "run.json is missing: where this run comes from is not known."))
+        return section("Provenance", soft("run.json is not there: the origin is not known."))
     starts = facts.pop("sessions", None)
     starts = [item for item in starts if isinstance(item, dict)] if isinstance(starts, list) else []
     parts = [table(_leaves(facts))]
@@ -325,15 +335,6 @@ def _provenance(run: Run) -> str:
         parts.append(soft(f"Start {number} of {len(starts)}"))
         parts.append(table(_leaves(start)))
     return section("Provenance", *parts)
-
-
-def _measure_table(run: Run) -> dict[str, dict[str, float]]:
-    """Measure -> {"samples": ..., "training data": ..., "clean data": ...}."""
-    measures: dict[str, dict[str, float]] = {}
-    for place, values in (run.summary.get("measures") or {}).items():
-        for name, value in values.items():
-            measures.setdefault(name, {})[place] = value
-    return measures
 
 
 def _leaves(values: Mapping, prefix: str = "") -> list[list[str]]:
@@ -367,7 +368,7 @@ def _num(value) -> str:
 def _plain(value) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
-    return "" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def _words(name: str) -> str:

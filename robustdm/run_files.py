@@ -45,6 +45,15 @@ class Run:
         """Whether every step that was asked for is done."""
         return self.config_found and self.step >= self.config.steps
 
+    @property
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Measure -> {"samples": ..., "training data": ..., "clean data": ...}."""
+        measures: dict[str, dict[str, float]] = {}
+        for place, values in (self.summary.get("measures") or {}).items():
+            for name, value in values.items():
+                measures.setdefault(name, {})[place] = value
+        return measures
+
     def last(self, key: str) -> float | None:
         """Newest value of a metric, or None."""
         return next((row[key] for row in reversed(self.rows) if is_number(row.get(key))), None)

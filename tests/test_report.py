@@ -15,8 +15,8 @@ from PIL import Image
 from robustdm import plots
 from robustdm.errors import UsageError
 from robustdm.perturbation import Perturbation
-from robustdm.report import write_report
-from robustdm.run_files import read_metrics
+from robustdm.report import measure_columns, write_report
+from robustdm.run_files import read_metrics, read_run
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -70,8 +70,13 @@ class Page(HTMLParser):
         return pictures
 
 
-def make_run(path, shape, steps=200, **changes):
-    """A complete synthetic run: data of the given sample shape, steps logged every 10."""
+def make_run(path, shape, steps=200, plots=True, **changes):
+    """A synthetic run: data of the given sample shape, steps logged every 10; all of it complete.
+
+    Without ``plots`` there are no curves and no ray schedule, which take most of the time.
+    """
+    if not plots:
+        changes["objective"] = "ddpm"
     rng = np.random.default_rng(0)
     preset = "plane" if len(shape) == 1 else "digits"
     values = {**preset_values(preset), "steps": steps, "out": path, **changes}
@@ -84,7 +89,7 @@ def make_run(path, shape, steps=200, **changes):
                       "versions": {"torch": "2.13.0", "python": "3.12.1"}}],
     }))
     with open(path / "metrics.jsonl", "w") as file:
-        for step in range(10, steps + 1, 10):
+        for step in range(10, steps + 1, 10) if plots else ():
             fit = 0.05 + np.exp(-step / 60) * rng.uniform(0.8, 1.2)
             row = {"step": step, "time": step * 0.15, "loss": fit * 1.5, "fit": fit,
                    "reg": fit * 0.5, "grad_norm": fit * 3, "lr": 1e-3, "skipped": 0,
@@ -119,7 +124,10 @@ def test_page_is_complete_and_self_contained(tmp_path, shape):
     run = make_run(tmp_path / "run", shape)
     written = write_report(run)
     assert written == run / "report.html"
-    page = Page(written.read_text(encoding="utf-8"))
+    text = written.read_text(encoding="utf-8")
+    cells = "".join(f'<td class="n">{value}</td>' for value in ("0.07031", "0.1985", "0.01713"))
+    assert f'<th scope="row">noise rms</th>{cells}' in text
+    page = Page(text)
     assert page.references and all(r.startswith("data:image/png;base64,") for r in page.references)
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert all(attributes["alt"] for attributes in page.images)
@@ -144,7 +152,7 @@ def test_page_is_complete_and_self_contained(tmp_path, shape):
 
 
 def test_pictures_show_the_samples_pixel_for_pixel(tmp_path):
-    run = make_run(tmp_path / "run", (1, 8, 8))
+    run = make_run(tmp_path / "run", (1, 8, 8), plots=False)
     samples = -np.ones((1, 1, 8, 8), np.float32)
     samples[0, 0, 2, 5] = 1
     np.savez(run / "samples/final.npz", samples=samples)
@@ -158,7 +166,7 @@ def test_pictures_show_the_samples_pixel_for_pixel(tmp_path):
 
 
 def test_text_from_files_is_escaped(tmp_path):
-    run = make_run(tmp_path / "a <b> & 'c'", (1, 8, 8))
+    run = make_run(tmp_path / "a <b> & 'c'", (1, 8, 8), plots=False)
     (run / "run.json").write_text(json.dumps({"data": "<script>alert(1)</script>"}))
     (run / "summary.json").write_text(json.dumps({
         "step": 200, "warnings": ["<img src=http://x>"],
@@ -187,8 +195,8 @@ def test_run_without_samples_or_summary(tmp_path):
 
 
 def test_empty_metrics(tmp_path):
-    run = make_run(tmp_path / "run", (3,))
-    (run / "metrics.jsonl").write_text("")
+    run = make_run(tmp_path / "run", (3,), steps=50, plots=False)
+    assert (run / "metrics.jsonl").read_text() == ""
     page = Page(write_report(run).read_text())
     assert "metrics.jsonl holds no lines yet" in page.text and "0.07031" in page.text
 
@@ -207,7 +215,7 @@ def test_damaged_files_cost_only_themselves(tmp_path):
 
 def test_samples_with_nan_are_counted(tmp_path):
     for name, shape in (("points", (3,)), ("images", (1, 8, 8))):
-        run = make_run(tmp_path / name, shape)
+        run = make_run(tmp_path / name, shape, steps=100, plots=False)
         with np.load(run / "samples/reference.npz") as file:
             samples = file["train"].copy()
         samples[3] = np.nan
@@ -217,7 +225,7 @@ def test_samples_with_nan_are_counted(tmp_path):
 
 
 def test_many_previews_are_thinned_out(tmp_path):
-    run = make_run(tmp_path / "run", (1, 8, 8), steps=1500)
+    run = make_run(tmp_path / "run", (1, 8, 8), steps=1500, plots=False)
     page = Page(write_report(run).read_text())
     steps = [a["alt"] for a in page.images if a["alt"].startswith("step ")]
     assert len(steps) == 12 and steps[0] == "step 50" and steps[-1] == "step 1,500"
@@ -225,7 +233,8 @@ def test_many_previews_are_thinned_out(tmp_path):
 
 
 def test_plain_ddpm_has_no_schedule_figure(tmp_path):
-    page = Page(write_report(make_run(tmp_path / "run", (1, 8, 8), objective="ddpm")).read_text())
+    run = make_run(tmp_path / "run", (1, 8, 8), objective="ddpm")
+    page = Page(write_report(run).read_text())
     assert "ddpm uses no perturbation" in page.text and "lambda 0.3, mode" not in page.text
     assert len(page.pngs()) == 3 + 4 + 7
 
@@ -239,7 +248,7 @@ def test_rows_of_a_resumed_run_are_merged(tmp_path):
 
 
 def test_command_line(tmp_path):
-    run = make_run(tmp_path / "run", (3,), steps=50)
+    run = make_run(tmp_path / "run", (1, 8, 8), plots=False)
     call = [sys.executable, "-m", "robustdm.report"]
     done = subprocess.run([*call, str(run)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
@@ -344,3 +353,12 @@ def test_figures_leave_no_global_state():
     plots.png_bytes(plots.curves([1, 2], {"loss": [1, 2]}, "loss"))
     assert dict(matplotlib.rcParams) == before
     assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
+
+
+def test_measures_over_training_end_with_those_of_the_summary(tmp_path):
+    run = read_run(make_run(tmp_path / "run", (1, 8, 8)))
+    run.rows[-1].pop("samples")  # as training leaves it: the last samples are the final ones
+    (title, series, log, levels), _ = measure_columns(run)
+    values = series["samples"][np.isfinite(series["samples"])]
+    assert title == "samples: noise rms" and log and len(values) == 4 and values[-1] == 0.07031
+    assert levels == {"training data": 0.19852, "clean data": 0.01713}

@@ -85,7 +85,7 @@ class TensorBoardSink:
 
         # A resumed run repeats the steps after its checkpoint: hide what they replace.
         self._writer = SummaryWriter(
-            log_dir=str(run_dir / "tensorboard"), purge_step=start_step or None
+            log_dir=str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -142,7 +142,7 @@ def make_loggers(
     Args:
         config: ``tensorboard`` and ``wandb`` decide.
         run_dir: directory of the run; must exist.
-        start_step: first step this process logs (a resumed run).
+        start_step: steps done before this process (a resumed run).
         warn: called with one line when a sink fails later on.
 
     Raises:

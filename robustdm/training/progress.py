@@ -49,6 +49,7 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=WINDOW)
         self._last = self._printed = clock()
         self._pending = ""
+        self._fields: dict[str, float | str] = {}
         self._bar = None
         self._task = None
 
@@ -87,7 +88,7 @@ class Progress:
 
         Args:
             step: steps done in all.
-            fields: further values to show, such as {"loss": 0.1}.
+            fields: further values to show, such as {"loss": 0.1}; by default those given last.
         """
         now = self._clock()
         if step > self.step:
@@ -95,12 +96,14 @@ class Progress:
         self.step, self._last = step, now
         if self.mode == "off":
             return
-        shown = self._describe(fields or {})
+        if fields is not None:
+            self._fields = dict(fields)
+        shown = self._describe()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         else:
             self._pending = f"step {step}/{self.total_steps}" + (f" | {shown}" if shown else "")
-            if now - self._printed >= PLAIN_INTERVAL:
+            if now - self._printed >= PLAIN_INTERVAL or step >= self.total_steps:
                 self._print(self._pending)
                 self._printed, self._pending = now, ""
 
@@ -111,15 +114,17 @@ class Progress:
         else:
             self._print(text)
 
-    def _describe(self, fields: Mapping[str, float | str]) -> str:
-        parts = [
+    def _describe(self) -> str:
+        # What a narrow terminal cuts off stands last.
+        known = self.img_per_s is not None
+        parts = [f"{duration(self.seconds_left)} left"] if known else []
+        parts += [
             f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
-            for name, value in fields.items()
+            for name, value in self._fields.items()
         ]
-        if self.img_per_s is not None:
+        if known:
             parts.append(f"{self.img_per_s:.4g} img/s")
             parts.append(f"{1000 * self.seconds_per_step:.3g} ms/step")
-            parts.append(f"{duration(self.seconds_left)} left")
         return " | ".join(parts)
 
     def _print(self, text: str) -> None:
@@ -131,14 +136,18 @@ class Progress:
         from rich.progress import Progress as RichProgress
         from rich.table import Column
 
-        # The numbers matter more than the bar: it alone shrinks on a narrow terminal.
-        self._bar = RichProgress(
-            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=5, max_width=40)),
-            TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True)),
-            console=Console(file=self._stream, force_terminal=True),
-            refresh_per_second=4,
-        )
+        console = Console(file=self._stream, force_terminal=True)
+        total = self.total_steps
+        steps = Column(no_wrap=True, min_width=len(f"step {total}/{total}"))
+        columns = [
+            TextColumn("step {task.completed}/{task.total}", table_column=steps),
+            TextColumn("{task.fields[shown]}", markup=False,
+                       table_column=Column(no_wrap=True, overflow="ellipsis")),
+        ]
+        # The numbers matter more than the bar.
+        if console.width >= 100:
+            columns.insert(1, BarColumn(bar_width=20))
+        self._bar = RichProgress(*columns, console=console, refresh_per_second=4)
         self._task = self._bar.add_task(
             "train", total=self.total_steps, completed=self.step, shown=""
         )
