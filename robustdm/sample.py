@@ -92,8 +92,7 @@ def generate(config: SampleConfig) -> Path:
     from robustdm.training.trainer import resolve_device
 
     device = resolve_device(config.device)
-    which = {} if config.checkpoint is None else {"checkpoint": config.checkpoint}
-    run = load_run(config.run, ema=config.ema, device=device, **which)
+    run = load_run(config.run, config.ema, device, config.checkpoint)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image
     started = time.monotonic()

@@ -13,7 +13,7 @@ from robustdm.models import build_model
 from robustdm.objectives import Objective
 from robustdm.perturbation import Perturbation
 from robustdm.schedule import NoiseSchedule
-from robustdm.training.checkpoint import check_model_shapes, load_newest
+from robustdm.training.checkpoint import check_model_shapes, load_checkpoint, load_newest
 from robustdm.training.config import TrainConfig
 from robustdm.training.rundir import read_config
 
@@ -67,17 +67,21 @@ class LoadedRun:
 
 
 def load_run(
-    directory: Path | str, ema: float | None = None, device: str | torch.device = "cpu"
+    directory: Path | str,
+    ema: float | None = None,
+    device: str | torch.device = "cpu",
+    checkpoint: int | None = None,
 ) -> LoadedRun:
-    """Load the averaged weights of a run's newest sound checkpoint.
+    """Load the averaged weights of a run.
 
     Args:
         directory: run directory of `robustdm.train`.
         ema: decay rate of the average to load; the first of the run's if None.
         device: where to put the network.
+        checkpoint: step of the checkpoint to load; the newest sound one if None.
 
     Raises:
-        UsageError: if the directory is no run, or has no such average.
+        UsageError: if the directory is no run, or has no such average or checkpoint.
         RunError: if it has no sound checkpoint.
     """
     directory = Path(directory)
@@ -86,15 +90,19 @@ def load_run(
     if rate not in config.ema_rates:
         raise UsageError(f"ema is {rate}: {directory} has averages of {config.ema_rates}")
     name = f"ema_{rate}"
-    checkpoint = load_newest(directory / "checkpoints", names=[name], device=device)
+    root = directory / "checkpoints"
     if checkpoint is None:
+        found = load_newest(root, names=[name], device=device)
+    else:
+        found = load_checkpoint(root / f"step-{checkpoint:08d}", names=[name], device=device)
+    if found is None:
         raise RunError(f"{directory} has no checkpoint yet: train for at least one interval")
-    shape = tuple(checkpoint.state["shape"])
+    shape = tuple(found.state["shape"])
     model = build_model(config, shape).to(device)
-    weights = checkpoint.tensors[name]
+    weights = found.tensors[name]
     check_model_shapes(model, weights)
     model.load_state_dict(weights)
     model.eval().requires_grad_(False)
     return LoadedRun(
-        config, model, schedule_of(config), shape, checkpoint.state["is_image"], checkpoint.step
+        config, model, schedule_of(config), shape, found.state["is_image"], found.step
     )
