@@ -317,14 +317,14 @@ def test_no_corruption_leaves_the_data_alone():
 
 def test_corruption_on_the_fly_equals_the_precomputed_one(monkeypatch):
     values = torch.randint(0, 256, (60, 3, 5, 5), dtype=torch.uint8)
-    make = lambda: TensorData("x", values, Corruption(0.9, 0.2, 4), 0.1, 4)  # noqa: E731
-    small = make()
+    settings = ("x", values, Corruption(0.9, 0.2, 4), 0.1, 4)
+    small = TensorData(*settings)
     monkeypatch.setattr("robustdm.data.base._PRECOMPUTE_ELEMENTS", 0)
-    large = make()
+    large = TensorData(*settings)
     assert small.observed is not None and large.observed is None
     for a, b in ((small, large), (small.heldout, large.heldout)):
         assert torch.equal(everything(a), everything(b))
-    host = TensorData("x", values, Corruption(0.9, 0.2, 4), 0.1, 4, resident=False)
+    host = TensorData(*settings, resident=False)
     assert torch.equal(everything(host), everything(small)) and not host._copies
 
 
@@ -334,6 +334,7 @@ def test_corruption_on_the_fly_equals_the_precomputed_one(monkeypatch):
 def test_split_sizes():
     assert [len(split(n, 0.05, 0)[1]) for n in (19, 20, 100, 1000)] == [0, 1, 5, 50]
     assert len(split(1000, 0.0, 0)[1]) == 0
+    assert len(split(20, 0.01, 0)[1]) == 1
     assert len(split(20, 0.99, 0)[0]) == 1
     train, held = split(100, 0.3, 0)
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(100))

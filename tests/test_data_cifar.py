@@ -166,7 +166,7 @@ def test_hostile_pickle_runs_nothing(tmp_path, monkeypatch, function, argument):
     assert not (tmp_path / "ran").exists()
 
 
-def test_links_and_giants_in_the_archive_are_passed_over(tmp_path):
+def test_links_in_the_archive_are_passed_over(tmp_path):
     path = tmp_path / "x.tar.gz"
     secret = tmp_path / "secret"
     secret.write_bytes(python_files()["data_batch_1"])

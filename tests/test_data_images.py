@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from robustdm.data import batches, load_data
 from robustdm.data.decode import BadImage, Header, decode, quiet, read_header
@@ -235,6 +235,14 @@ def test_decompression_bomb_is_refused_before_its_pixels_are_read():
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(BadImage, match="30000x4000"):
         read_header(io.BytesIO(bomb))
+
+
+def test_a_text_bomb_is_one_bad_file():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * 3_000_000, zip=True)
+    file = as_file(Image.new("L", (8, 8)), pnginfo=text)
+    with pytest.raises(BadImage, match="ValueError: Decompressed data too large"):
+        decode(file, 1, 8)
 
 
 def test_formats_that_start_programs_are_not_tried():

@@ -23,7 +23,9 @@ def test_sliced_wasserstein_of_a_shift_is_the_mean_projection_of_the_shift():
 def test_sliced_wasserstein_takes_sets_of_different_size():
     a = _normal(100, 2)
     assert sliced_wasserstein(a, a.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
-    assert sliced_wasserstein(a, 2 * a[:37]) > 0.3
+    # F^-1 is 1 from q = 1/2 on, G^-1 from q = 3/4 on.
+    two, four = torch.tensor([[0.0], [1]]), torch.tensor([[0.0], [0], [0], [1]])
+    assert sliced_wasserstein(two, four) == sliced_wasserstein(four, two) == 0.25
 
 
 def test_sliced_wasserstein_is_the_same_in_every_call_and_refuses_empty_sets():
@@ -38,9 +40,9 @@ def test_directions_are_independent_of_the_data_of_the_same_seed():
     # Both come from the Philox stream: equal counters would project the data onto itself.
     from robustdm.data import SubspaceData
 
-    points = SubspaceData.from_sds([1.0] * 8, 0, count=128).all_clean()
-    other = SubspaceData.from_sds([1.0] * 8, 0, count=128, seed=5).all_clean()
-    assert sliced_wasserstein(points, other) < 0.2
+    point = SubspaceData.from_sds([1.0] * 8, 0, count=20).all_clean()[:1]
+    projection = sliced_wasserstein(point, torch.zeros(1, 8), projections=1)
+    assert projection < 0.9 * point.norm().item()
 
 
 def test_spread_is_the_mean_standard_deviation():
