@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from robustdm import random
 from robustdm.errors import UsageError
+from robustdm.models import predict_noise
 from robustdm.perturbation import Perturbation
 from robustdm.random import Stream
 from robustdm.schedule import NoiseSchedule, expand
@@ -191,7 +192,7 @@ class Objective:
 
         Args:
             model: called as ``model(xt, t)`` with (B, ...) and (B,) int64; returns the predicted
-                noise, shaped like xt, or an object whose ``.sample`` is that (diffusers).
+                noise, shaped like xt, or what `predict_noise` makes that of.
             x0: (B, ...) data.
             draw: the step's random numbers, from `draw` on a batch of this shape.
 
@@ -206,14 +207,7 @@ class Objective:
 
         def predict(x: Tensor) -> Tensor:
             with self._dropout(draw, x.device):
-                out = model(x, t)
-            out = out if isinstance(out, Tensor) else out.sample
-            if out.shape != x.shape:
-                raise UsageError(
-                    f"the model returned shape {tuple(out.shape)} for an input of shape "
-                    f"{tuple(x.shape)}: it must predict the noise, shaped like its input"
-                )
-            return out.to(x.dtype)
+                return predict_noise(model, x, t)
 
         clean = predict(xt)
         fit = mean_flat((clean - eps) ** 2)
@@ -257,13 +251,17 @@ class Objective:
         if not self.share_dropout:
             yield
             return
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(draw.dropout_seed)
+        gpu = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpu):
+            # Not torch.manual_seed: it formats a traceback for every kind of absent device.
+            torch.default_generator.manual_seed(draw.dropout_seed)
+            for _ in gpu:
+                torch.cuda.manual_seed(draw.dropout_seed)
             yield
 
 
 def project_step(start: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
-    """Step from ``start`` along a sign and clamp to the ball: clamp(start + r/sqrt3 sign(g), -r, r).
+    """Step from ``start`` by r / sqrt3 along a sign, and clamp to the ball.
 
     Args:
         start: (B, ...) perturbation, eps-units.

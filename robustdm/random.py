@@ -95,7 +95,7 @@ def signed_uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def normal(word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal by Box-Muller from two words; |z| < 6.8; equal to a few ulp across devices."""
+    """Standard normal by Box-Muller from two words: |z| < 6.8, a few ulp apart across devices."""
     u = (word0.to(dtype) * 2.0**-32).clamp_(min=2.0**-33)
     angle = (word1.to(dtype) * 2.0**-32).mul_(2 * math.pi)
     return u.log_().mul_(-2).sqrt_().mul_(angle.cos_())

@@ -28,7 +28,7 @@ class ReproduceConfig:
     jobs: int = 0
     """Arms trained side by side; 0 is one per CPU core, or one on a GPU."""
     out: Path | None = None
-    """Directory of the results; by default runs/reproduce/STUDY. Finished arms are kept beside it."""
+    """Directory of the results; by default runs/reproduce/STUDY. Trained arms stay beside it."""
     butterflies: Path | None = None
     """lambda-mode: an .npz of 64x64 images (uint8, N x 64 x 64 x 3); without it that set is left
     out."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import UsageError
+from robustdm.models import predict_noise
 from robustdm.random import Stream, element_index, normal, philox
 from robustdm.schedule import NoiseSchedule
 
@@ -174,33 +175,6 @@ def stream_noise(
     return noise
 
 
-def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
-    """Noise prediction of a model, whatever it wraps it in.
-
-    Args:
-        model: model(x, t) returns a tensor, or an object with the tensor in ``.sample`` (as in
-            diffusers); of twice as many channels as x the first half is taken (learned variance).
-        x: (B, C, ...) state.
-        t: (B,) int64 timesteps.
-
-    Returns:
-        (B, C, ...) in x's dtype.
-
-    Raises:
-        RunError: if the prediction does not have x's shape.
-    """
-    eps = model(x, t)
-    eps = eps if isinstance(eps, Tensor) else eps.sample
-    if eps.ndim == x.ndim and eps.shape[1] == 2 * x.shape[1]:
-        eps = eps[:, : x.shape[1]]
-    if eps.shape != x.shape:
-        raise RunError(
-            f"the model predicts noise of shape {tuple(eps.shape)} for samples of shape "
-            f"{tuple(x.shape)}: sample in the shape it was trained on"
-        )
-    return eps.to(x.dtype)
-
-
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -250,8 +224,7 @@ def sample(
         (num, *shape), on the CPU, so that a large set need not fit the device.
 
     Raises:
-        UsageError: for an argument out of range.
-        RunError: if the model's output does not fit.
+        UsageError: for an argument out of range, or a model whose output does not fit.
 
     Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
     """

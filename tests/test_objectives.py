@@ -345,5 +345,5 @@ def test_wrong_tensors_are_refused():
         objective.draw(torch.zeros(2, 2, dtype=torch.int64), seed=0, step=0)
     with pytest.raises(UsageError, match=r"draw has shape \(6, 5\), x0 \(3, 5\)"):
         objective(network(), x0[:3], draw)
-    with pytest.raises(UsageError, match=r"shape \(6, 4\) for an input of shape \(6, 5\)"):
+    with pytest.raises(UsageError, match=r"shape \(6, 4\) for samples of shape \(6, 5\)"):
         objective(lambda x, t: x[:, 1:], x0, draw)

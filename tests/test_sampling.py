@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import UsageError
 from robustdm.perturbation import Perturbation
 from robustdm.random import Stream, normal, philox
-from robustdm.sampling import Respaced, predict_noise, sample, stream_noise, timesteps
+from robustdm.models import predict_noise
+from robustdm.sampling import Respaced, sample, stream_noise, timesteps
 from robustdm.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -336,7 +337,7 @@ def test_model_runs_in_eval_mode_without_gradient_and_gets_its_modes_back():
     out = sample(net, SCHEDULE, (2,), num=1, steps=2)
     assert not out.requires_grad
     assert net.training and net.live.training and not net.frozen.training
-    with pytest.raises(RunError):
+    with pytest.raises(UsageError):
         sample(lambda x, t: x[:, :1], SCHEDULE, (2,), num=1, steps=2)
 
 
@@ -349,7 +350,7 @@ def test_network_outputs_of_every_form():
     assert torch.equal(predict_noise(lambda x, t: Output(), x, t), 2 * x)
     assert torch.equal(predict_noise(lambda x, t: torch.cat([x, 5 * x], 1), x, t), x)
     assert predict_noise(lambda x, t: x.double(), x, t).dtype == torch.float32
-    with pytest.raises(RunError, match=r"\(2, 1, 4, 4\)"):
+    with pytest.raises(UsageError, match=r"\(2, 1, 4, 4\)"):
         predict_noise(lambda x, t: x[:, :1], x, t)
 
 

@@ -1,6 +1,6 @@
 """Real images: handwritten digits of which 90 % carry Gaussian noise of standard deviation 0.2.
 
-1,200 steps of 64 images with the network of the `digits` preset; 256 unclipped samples by 1000-step
+1,200 steps of 64 images with the network of the `digits` preset; 128 unclipped samples by 1000-step
 DDPM. Noise is what samples carry on the pixels that are constant in clean digits; the spread of the
 samples stands beside it, since a model that shrinks everything also removes noise.
 """
@@ -18,7 +18,7 @@ from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
 STEPS = 1200
-SAMPLES = 256
+SAMPLES = 128
 OBJECTIVES = {
     "DDPM": dict(objective="ddpm"),
     "robust_ran": dict(objective="robust_ran"),

@@ -48,7 +48,8 @@ def arms(seeds: int, steps: int | None, butterflies: Path | None) -> list[Arm]:
     made += digits.arms(seeds, steps, OBJECTIVES)
     if butterflies is not None:
         base = preset_values("subspace") | dict(
-            data_dir=butterflies, resolution=64, num_points=5000, subspace_rank=SIGNAL, subspace_noise_dims=NOISE,
+            data_dir=butterflies, resolution=64,
+            subspace_rank=SIGNAL, subspace_noise_dims=NOISE,
         ) | ({"steps": steps} if steps else {})
         made += [
             Arm("butterflies", name, TrainConfig(**{**base, **fields, "seed": seed}), 500,

@@ -24,7 +24,8 @@ class TrainConfig:
     """Everything that decides a training run. The defaults are the README's recipe (digits)."""
 
     preset: str = "digits"
-    """Named set of defaults: data, network and budget. Any flag overrides it."""
+    """Named set of defaults, which any flag overrides: digits, plane, gaussians, subspace, cifar10,
+    cifar10-iddpm, celeba64, imagenet64, lsun256, folder."""
     config: Path | None = None
     """YAML file of fields; it overrides the preset, and flags override it."""
 
@@ -226,7 +227,7 @@ class TrainConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: dict, source: str = "configuration") -> "TrainConfig":
+    def from_dict(cls, values: dict, source: str = "configuration") -> TrainConfig:
         """Build from plain types.
 
         Raises:
@@ -266,9 +267,10 @@ PRESETS: dict[str, dict] = {
                     block_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2,
                     attention_resolutions=(16,), resident_gib=0.0),
     # A small network for a folder of one's own pictures.
-    "folder": dict(data="images", corrupt_fraction=0.0, resolution=32, block_channels=(64, 128, 128),
-                   layers_per_block=2, attention_resolutions=(8,), norm_groups=32, lr=2e-4,
-                   batch_size=64, steps=20_000, warmup_steps=500, ema_rates=(0.999,),
+    "folder": dict(data="images", corrupt_fraction=0.0, resolution=32,
+                   block_channels=(64, 128, 128), layers_per_block=2,
+                   attention_resolutions=(8,), norm_groups=32, lr=2e-4, batch_size=64,
+                   steps=20_000, warmup_steps=500, ema_rates=(0.999,),
                    sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True),
 }
 

@@ -28,7 +28,7 @@ from robustdm.training.config import TrainConfig
 from robustdm.training.logging import make_loggers
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.progress import Progress
-from robustdm.training.rundir import RunDir, write_json
+from robustdm.training.rundir import RunDir, write_json, write_text
 from robustdm.training.signals import StopSignals
 from robustdm.training.trainer import PROBE_STEP, Trainer, device_name
 
@@ -71,8 +71,15 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     """
     try:
         return _train(config, progress_mode)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RunError) or not is_out_of_memory(error):
+    except RuntimeError as error:
+        if isinstance(error, RunError):
+            raise
+        if "DataLoader worker" in str(error):  # torch raises it wherever the main process is
+            raise RunError(
+                f"a data worker died ({' '.join(str(error).split())[:200]}): continue with "
+                "--resume, with fewer --workers if memory was short"
+            ) from error
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             f"out of memory at batch_size {config.batch_size} in {config.accumulate} pieces: try "
@@ -110,16 +117,17 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
             parameters=trainer.parameters,
             memory_estimate=estimate,
         )
-        if trainer.data.quarantine:
-            lines = [f"{path}\t{reason}\n" for path, reason in trainer.data.quarantine]
-            (run.path / "quarantine.txt").write_text("".join(lines), encoding="utf-8")
         with Progress(
             config.steps, trainer.step, config.batch_size, mode=progress_mode
         ) as progress:
             progress.message(plan)
             if config.resume:
                 progress.message(f"continuing {config.out} after step {trainer.step}")
-            return _Session(trainer, run, signals, progress).run()
+            session = _Session(trainer, run, signals, progress)
+            try:
+                return session.run()
+            finally:
+                session.close()
 
 
 class _Session:
@@ -140,10 +148,15 @@ class _Session:
             self.warnings.append(text)
             self.progress.message(f"warning: {text}")
 
+    def close(self) -> None:
+        self.loggers.close()
+        self._write_quarantine()
+
     def run(self) -> Result:
         trainer, config, every = self.trainer, self.config, self.config.log_every
         for path, reason in trainer.data.quarantine[:3]:
             self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
+        self._write_quarantine()
         self._write_reference()
         if config.compile:
             self._compile()
@@ -169,8 +182,14 @@ class _Session:
         result = Result(config.out, trainer.step, stopped, self.signals.exit_code)
         if not self.signals.received:
             result.summary = self._finish()
-        self.loggers.close()
         return result
+
+    def _write_quarantine(self) -> None:
+        """List the files that could not be read; streamed sets find them while they train."""
+        bad = self.trainer.data.quarantine
+        if bad:
+            text = "".join(f"{path}\t{reason}\n" for path, reason in bad)
+            write_text(self.run_dir.path / "quarantine.txt", text)
 
     def _why_stop(self) -> str | None:
         config, done = self.config, self.trainer.step - self.first_step

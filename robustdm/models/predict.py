@@ -1,0 +1,34 @@
+"""Calling a network, whatever form its output has."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from robustdm.errors import UsageError
+
+
+def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
+    """Noise prediction of a model, whatever it wraps it in.
+
+    Args:
+        model: model(x, t) returns a tensor, or an object with the tensor in ``.sample`` (as in
+            diffusers); of twice as many channels as x the first half is taken (learned variance).
+        x: (B, C, ...) state.
+        t: (B,) int64 timesteps.
+
+    Returns:
+        (B, C, ...) in x's dtype.
+
+    Raises:
+        UsageError: if the prediction does not have x's shape.
+    """
+    eps = model(x, t)
+    eps = eps if isinstance(eps, Tensor) else eps.sample
+    if eps.ndim == x.ndim and eps.shape[1] == 2 * x.shape[1]:
+        eps = eps[:, : x.shape[1]]
+    if eps.shape != x.shape:
+        raise UsageError(
+            f"the model predicts noise of shape {tuple(eps.shape)} for samples of shape "
+            f"{tuple(x.shape)}: it must predict the noise, shaped like its input"
+        )
+    return eps.to(x.dtype)

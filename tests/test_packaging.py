@@ -1,0 +1,137 @@
+"""What installing and importing the package pulls in, and what the README promises."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torchvision", "datasets", "xformers", "torch_fidelity")
+
+
+def python(code, *path, **environment):
+    paths = os.pathsep.join([*map(str, path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_optional_packages_are_never_imported_by_the_core(tmp_path):
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    modules = [
+        "robustdm", "robustdm.train", "robustdm.sample", "robustdm.report", "robustdm.reproduce",
+        "robustdm.training.loop", "robustdm.objectives", "robustdm.data", "robustdm.sampling",
+    ]
+    loaded = python(
+        f"import sys\nimport {', '.join(modules)}\n"
+        "print(*(n for n in sys.modules if n.partition('.')[0] in "
+        f"{(*HEAVY, 'diffusers')!r}))",
+        tmp_path,
+    )
+    assert loaded.strip() == ""
+
+
+def test_the_package_itself_is_lazy():
+    out = python(
+        "import sys, robustdm\n"
+        "print('torch' in sys.modules)\n"
+        "robustdm.NoiseSchedule.linear(10)\n"
+        "print('torch' in sys.modules)\n"
+        "print(all(hasattr(robustdm, n) for n in robustdm.__all__))\n"
+    )
+    assert out.split() == ["False", "True", "True"]
+
+
+@pytest.mark.parametrize("entry", ["train", "sample", "report", "reproduce"])
+def test_help_needs_no_torch(entry):
+    out = python(
+        "import sys\n"
+        f"from robustdm.{entry} import main\n"
+        f"sys.argv = ['robustdm.{entry}', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print('code', stop.code)\n"
+        "print('torch', 'torch' in sys.modules)\n"
+    )
+    assert "usage: python -m robustdm." + entry in out
+    assert "code 0" in out and "torch False" in out
+
+
+LAYERS = {
+    # module -> what of robustdm it may import (prefixes)
+    "errors": (), "random": ("errors",), "schedule": ("errors",),
+    "perturbation": ("errors", "schedule"),
+    "objectives": ("errors", "random", "schedule", "perturbation", "models"),
+    "sampling": ("errors", "random", "schedule", "models"),
+    "metrics": ("random",),
+    "data": ("errors", "random", "metrics", "training.config", "data"),
+    "models": ("errors", "models", "training.config"),
+}
+ENTRY_POINTS = ("train", "sample", "reproduce")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "robustdm":
+                yield from (f"robustdm.{alias.name}" for alias in node.names)
+
+
+def test_import_direction():
+    """Lower layers never import upper ones, nothing imports an entry point."""
+    for path in (ROOT / "robustdm").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / "robustdm").with_suffix("").parts)
+        top = name.partition(".")[0]
+        for module in imports_of(path):
+            root, _, inner = module.partition(".")
+            assert root not in ("tests", "benchmarks", "torchvision"), f"{path} imports {module}"
+            if root != "robustdm" or not inner:
+                continue
+            assert inner not in ENTRY_POINTS, f"{path} imports the entry point {module}"
+            if top in LAYERS:
+                allowed = (top, *LAYERS[top])
+                assert any(inner == a or inner.startswith(a + ".") for a in allowed), (
+                    f"{path} imports {module}"
+                )
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "robustdm").rglob("__init__.py")
+    }
+    assert listed == found
+
+
+def test_the_readme_starts_with_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    first_screen = "\n".join(readme.splitlines()[:40])
+    assert "\npip install -e . && python -m robustdm.train\n" in first_screen
+    assert '\npip install -e ".[test]" && pytest\n' in first_screen
+
+
+def test_the_readme_names_only_what_exists():
+    """Every module, preset and flag that the README's commands use is there."""
+    from robustdm.training.config import PRESETS, TrainConfig
+
+    readme = (ROOT / "README.md").read_text()
+    for module in re.findall(r"python -m (robustdm[.\w]*)", readme):
+        assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists(), module
+    for preset in re.findall(r"--preset (\S+)", readme):
+        assert preset in PRESETS or "|" in preset, preset
+    for line in re.findall(r"python -m robustdm\.train (.*)", readme):
+        for flag in re.findall(r"--([\w-]+)", line):
+            assert flag.replace("-", "_") in TrainConfig.__dataclass_fields__, flag
