@@ -24,7 +24,7 @@ def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
     """
     eps = model(x, t)
     eps = eps if isinstance(eps, Tensor) else eps.sample
-    if eps.ndim == x.ndim and eps.shape[1] == 2 * x.shape[1]:
+    if eps.ndim == x.ndim > 1 and eps.shape[1] == 2 * x.shape[1]:
         eps = eps[:, : x.shape[1]]
     if eps.shape != x.shape:
         raise UsageError(

@@ -267,8 +267,9 @@ class _Session:
         excess = train**2 - floor**2
         kept = max(0.0, samples["noise_level"] ** 2 - floor**2) / excess if excess > 0 else 0.0
         if kept > 0.5:
+            share = f"{kept:.0%}" if kept < 1 else "all or more"
             self.warn(
-                f"the samples carry {kept:.0%} of the training data's noise variance: train "
+                f"the samples carry {share} of the training data's noise variance: train "
                 "longer, raise --lam, or try another --lambda-mode"
             )
 

@@ -1,0 +1,438 @@
+"""The training loop end to end, on tiny networks: what it writes, resumes, skips and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from robustdm import RunError, UsageError
+from robustdm.cli import guard, parse_train
+from robustdm.train import main
+from robustdm.training import loop
+from robustdm.training.checkpoint import load_newest, verify
+from robustdm.training.config import PRESETS, TrainConfig, preset_values
+from robustdm.training.loop import train
+from robustdm.training.memory import estimate_bytes
+from robustdm.training.run import load_run
+from robustdm.training.trainer import Trainer
+
+TINY = dict(block_channels=(8, 8), norm_groups=4, batch_size=8, steps=6, log_every=2,
+            sample_every=4, checkpoint_every=2, num_samples=4, preview_steps=3, dropout=0.1)
+
+
+def tiny(tmp_path, **fields):
+    return TrainConfig(**{**TINY, "out": tmp_path / "run", **fields})
+
+
+def points(tmp_path, **fields):
+    values = preset_values("plane") | TINY | dict(num_points=200, out=tmp_path / "run")
+    return TrainConfig(**{**values, **fields})
+
+
+def quiet(config):
+    return train(config, progress_mode="off")
+
+
+def tensors(directory):
+    return load_newest(directory / "checkpoints").tensors
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        for key in a[name]:
+            assert torch.equal(a[name][key], b[name][key]), f"{name}/{key}"
+
+
+def test_a_run_writes_everything(tmp_path):
+    config = tiny(tmp_path, ema_rates=(0.9, 0.5))
+    result = quiet(config)
+    out = config.out
+    assert (result.step, result.stopped, result.exit_code) == (6, None, 0)
+    assert yaml.safe_load((out / "config.yaml").read_text())["block_channels"] == [8, 8]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["fit"] + line["reg"])
+        assert line["reg"] > 0 and line["grad_norm"] > 0 and line["skipped"] == 0
+        assert any(f"fit_band{k}" in line for k in range(4))
+    assert set(lines[1]["samples"]) >= {"noise_rms", "noise_level"} and "heldout_loss" in lines[1]
+    assert lines[-1]["lr"] == pytest.approx(1e-3 * 6 / 100)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step-00000004", "step-00000006"]
+    newest = out / "checkpoints" / "step-00000006"
+    assert verify(newest) == []
+    assert {p.name for p in newest.iterdir()} == {
+        "model.safetensors", "ema_0.9.safetensors", "ema_0.5.safetensors",
+        "optimizer.safetensors", "state.json", "MANIFEST.json"}
+    for name in ("step-00000004", "final"):
+        assert np.load(out / "samples" / f"{name}.npz")["samples"].shape == (4, 1, 8, 8)
+        assert (out / "samples" / f"{name}.png").exists()
+    reference = np.load(out / "samples" / "reference.npz")
+    assert not np.array_equal(reference["train"], reference["clean"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["measures"]) == {"samples", "training data", "clean data"}
+    assert "robust_adv" in (out / "report.html").read_text()
+    provenance = json.loads((out / "run.json").read_text())
+    assert provenance["parameters"] == result.summary["parameters"]
+
+
+def test_the_pipeline_loads_in_diffusers_with_the_averaged_weights(tmp_path):
+    from diffusers import DDPMPipeline
+
+    config = tiny(tmp_path)
+    quiet(config)
+    pipeline = DDPMPipeline.from_pretrained(config.out / "pipeline")
+    ours = load_run(config.out)
+    theirs = pipeline.unet.state_dict()
+    assert theirs.keys() == ours.model.state_dict().keys()
+    assert all(torch.equal(theirs[name], v) for name, v in ours.model.state_dict().items())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    assert torch.allclose(pipeline.unet(x, t).sample, ours.model(x, t).sample, atol=1e-5)
+    assert ours.step == 6 and not any(p.requires_grad for p in ours.model.parameters())
+    assert load_run(config.out, checkpoint=4).step == 4
+    with pytest.raises(UsageError, match="ema is 0.5"):
+        load_run(config.out, ema=0.5)
+
+
+@pytest.mark.parametrize("make", [tiny, points])
+def test_resume_is_bit_exact(tmp_path, make):
+    whole = make(tmp_path, out=tmp_path / "whole", accumulate=2)
+    quiet(whole)
+    part = replace(whole, out=tmp_path / "part", stop_after=3)
+    assert quiet(part).stopped == "--stop-after 3"
+    assert quiet(replace(part, resume=True, stop_after=None)).step == 6
+    assert_same_bits(tensors(whole.out), tensors(part.out))
+    a, b = ((c.out / "metrics.jsonl").read_text().splitlines() for c in (whole, part))
+    final = [json.loads(lines[-1]) for lines in (a, b)]
+    assert final[0]["heldout_loss"] == final[1]["heldout_loss"]
+    assert np.array_equal(*(np.load(c.out / "samples" / "final.npz")["samples"]
+                            for c in (whole, part)))
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    whole = points(tmp_path, out=tmp_path / "whole")
+    quiet(whole)
+    short = replace(whole, out=tmp_path / "short", steps=4)
+    quiet(short)
+    with pytest.raises(UsageError, match="raise --steps"):
+        quiet(replace(short, resume=True))
+    quiet(replace(short, resume=True, steps=6))
+    assert_same_bits(tensors(whole.out), tensors(short.out))
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, pieces):
+    one, many = (Trainer(tiny(tmp_path, dropout=0.0, accumulate=k)) for k in (1, pieces))
+    x0 = one.data.batch(torch.arange(8))
+    for trainer in (one, many):
+        trainer.train_step(x0)
+    a, b = one.window(), many.window()
+    assert a["fit"] == pytest.approx(b["fit"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "robust_ran", "invariance", "outward_ran"])
+def test_every_objective_trains(tmp_path, objective):
+    result = quiet(points(tmp_path, objective=objective, steps=2, lambda_max=5.0))
+    line = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["reg"] > 0) == (objective != "ddpm")
+
+
+def test_training_learns(tmp_path):
+    """The loss of a short run on points falls well below that of predicting nothing (1.0)."""
+    config = points(tmp_path, objective="ddpm", steps=200, batch_size=256, log_every=100,
+                    point_noise="clean", sample_every=0, warmup_steps=10, num_points=2000)
+    quiet(config)
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["fit"] < 0.75 * lines[0]["fit"] < 0.75
+
+
+def test_bf16_follows_fp32(tmp_path):
+    fits = []
+    for precision in ("fp32", "bf16"):
+        trainer = Trainer(tiny(tmp_path, precision=precision, dropout=0.0))
+        x0 = trainer.data.batch(torch.arange(8))
+        for _ in range(3):
+            trainer.train_step(x0)
+        fits.append(trainer.window()["fit"])
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert fits[0] != fits[1] and fits[0] == pytest.approx(fits[1], rel=0.02)
+
+
+def poison(monkeypatch, bad_steps):
+    """Put a NaN into the batches of some steps."""
+    original = loop.batches
+
+    def batches(data, config, start, device):
+        for step, (x, indices) in enumerate(original(data, config, start, device), start):
+            yield (x * float("nan") if step in bad_steps else x), indices
+
+    monkeypatch.setattr(loop, "batches", batches)
+
+
+def test_a_nan_batch_is_skipped_and_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, {1, 3})
+    config = points(tmp_path)
+    result = quiet(config)
+    assert result.summary["skipped"] == 2
+    for group in tensors(config.out).values():
+        assert all(torch.isfinite(value).all() for value in group.values())
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 2, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_skipped_step_touches_nothing(tmp_path):
+    trainer = Trainer(points(tmp_path))
+    x0 = trainer.data.batch(torch.arange(8))
+    trainer.train_step(x0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    moments = [v.clone() for s in trainer.optimizer.state.values() for v in s.values()]
+    trainer.train_step(x0 * float("inf"))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    after = [v for s in trainer.optimizer.state.values() for v in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    trainer.train_step(x0)
+    assert not any(torch.equal(a, b)
+                   for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(3, 100)))
+    config = points(tmp_path, steps=50, max_skipped=4)
+    with pytest.raises(RunError, match=r"4 steps in a row .* items \[\d+, "):
+        quiet(config)
+    checkpoint = load_newest(config.out / "checkpoints")
+    assert all(torch.isfinite(v).all() for v in checkpoint.tensors["model"].values())
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, capsys):
+    from robustdm.training.checkpoint import CheckpointError
+
+    original, calls = loop.save_checkpoint, []
+
+    def failing(root, step, *rest):
+        calls.append(step)
+        if step == 4:
+            raise CheckpointError("no space left; the checkpoints before are untouched")
+        return original(root, step, *rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", failing)
+    result = quiet(points(tmp_path))
+    assert calls == [2, 4, 6] and result.step == 6
+    assert any("no space left" in warning for warning in result.summary["warnings"])
+
+
+def test_compile_falls_back_to_eager(tmp_path, monkeypatch):
+    def broken(self, **_):
+        self._compiled_call_impl = lambda *a, **k: (_ for _ in ()).throw(
+            RuntimeError("no C++ compiler was found"))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    config = points(tmp_path, compile=True)
+    result = quiet(config)
+    assert result.step == 6
+    assert any("no C++ compiler" in warning for warning in result.summary["warnings"])
+    plain = replace(config, compile=False, out=tmp_path / "plain")
+    quiet(plain)
+    assert_same_bits(tensors(config.out), tensors(plain.out))
+
+
+def test_compiling_the_network(tmp_path, monkeypatch):
+    """Same step to rounding; no weight gradients in the attack's compiled graph; same names."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    config = points(tmp_path, steps=3, mlp_width=16, mlp_depth=1, sample_every=0)
+    original = torch.nn.Module.compile
+    graphs = []
+
+    def compile_with_aot(self, **options):
+        from torch._dynamo.backends.common import aot_autograd
+
+        def backward(graph, _):
+            graphs.append([n.target for n in graph.graph.nodes if n.op == "call_function"])
+            return graph
+
+        backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=backward)
+        return original(self, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_aot)
+    result = quiet(replace(config, compile=True))
+    assert not result.summary["warnings"], result.summary["warnings"]
+    products = sorted(sum("mm" in str(t) for t in targets) for targets in graphs)
+    # Three layers, in and out: the attack's backward multiplies once per layer on the input's way
+    # back; the training pass also once per layer for the weights.
+    assert len(products) == 2 and products[0] < products[1]
+    eager = replace(config, out=tmp_path / "eager")
+    quiet(eager)
+    for name, value in tensors(eager.out)["model"].items():
+        assert torch.allclose(value, tensors(config.out)["model"][name], atol=1e-6), name
+
+
+def test_memory_estimate_counts_what_autograd_keeps(tmp_path):
+    config = tiny(tmp_path, objective="ddpm", dropout=0.0)
+    estimate = estimate_bytes(config, (1, 8, 8))
+    trainer = Trainer(config)
+    assert estimate["weights"] == trainer.parameters * 4 * 5
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda v: kept.setdefault(v.untyped_storage().data_ptr(), v), lambda v: v
+    ):
+        out = trainer.model(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64))
+    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    measured = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
+    del out
+    # Attention and channels-last copies differ a little from one device to the next.
+    assert estimate["activations"] == pytest.approx(measured, rel=0.15)
+    robust = estimate_bytes(replace(config, objective="robust_adv"), (1, 8, 8))
+    assert robust["activations"] == 2 * estimate["activations"]
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "0.43 M parameters" in out and "memory" in out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_with_their_code(tmp_path, monkeypatch, number, code):
+    original = loop.batches
+
+    def batches(*arguments):
+        for step, item in enumerate(original(*arguments)):
+            if step == 2:
+                os.kill(os.getpid(), number)
+            yield item
+
+    config = points(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "batches", batches)
+        result = quiet(config)
+    assert result.exit_code == code and result.step == 3
+    assert load_newest(config.out / "checkpoints").step == 3
+    quiet(replace(config, resume=True))
+    whole = replace(config, out=tmp_path / "whole")
+    quiet(whole)
+    assert_same_bits(tensors(whole.out), tensors(config.out))
+
+
+def test_killed_and_resumed_from_the_command_line(tmp_path):
+    """kill -9 in the middle, --resume, and the same final bits as a run that was left alone."""
+    flags = ["--preset", "plane", "--steps", "40", "--batch-size", "8", "--num-points", "200",
+             "--checkpoint-every", "5", "--sample-every", "0", "--num-samples", "4",
+             "--preview-steps", "2", "--log-every", "5", "--device", "cpu"]
+    command = [sys.executable, "-m", "robustdm.train", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([*command, "--out", "killed"], cwd=tmp_path, env=environment,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    root = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(root.glob("step-*")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.kill()
+    first.wait()
+    before = load_newest(root).step
+    resumed = subprocess.run([sys.executable, "-m", "robustdm.train", "--resume", "--out", "killed"],
+                             cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if before < 40:  # else the machine was faster than the kill
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"continuing killed after step {before}" in resumed.stdout
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert_same_bits(tensors(tmp_path / "whole"), tensors(tmp_path / "killed"))
+
+
+# What a user types wrong: one line, exit code 2, nothing written.
+
+
+def fails(argv, capsys, code=2):
+    with pytest.raises(SystemExit) as stop:
+        guard(lambda: main(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == code and "Traceback" not in error, error
+    return error
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--preset", "cifar"], "preset is 'cifar': choose one of digits"),
+    (["--lambda-moed", "x"], "--lambda-mode"),
+    (["--steps", "0"], "steps is 0"),
+    (["--steps", "many"], "many"),
+    (["--batch-size", "10", "--accumulate", "3"], "it must divide the batch size, 10"),
+    (["--device", "tpu"], "device is 'tpu': use auto, cpu, cuda or cuda:N"),
+    (["--block-channels", "12", "20"], "multiple of norm_groups"),
+    (["--resolution", "7"], "resolution is 7"),
+    (["--preset", "folder", "--data-dir", "nowhere"], "nowhere"),
+    (["--preset", "celeba64"], "data_dir"),
+    (["--network", "mlp"], "use --network unet"),
+    (["--preset", "plane", "--network", "unet"], "use --network mlp"),
+    (["--config", "missing.yaml"], "missing.yaml"),
+    (["--resume", "--out", "nowhere"], "nowhere is not a run"),
+    (["--attention-head-dim", "5"], "attention_head_dim is 5"),
+])
+def test_usage_errors(argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = fails(argv, capsys)
+    assert expected in " ".join(error.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("lamda_mode: x", "unknown field 'lamda_mode'; did you mean 'lambda_mode'?"),
+    ("steps: many", "steps is 'many', but must be int"),
+    ("steps: 1.5", "steps is 1.5, but must be int"),
+    ("compile: 3", "compile is 3, but must be bool"),
+    ("beta_range: [1, 2, 3]", "beta_range is [1, 2, 3]"),
+    ("lambda_mode: rays", "lambda_mode is 'rays'"),
+    ("- a\n- b", "one 'field: value' per line"),
+    ("a: [", "not valid YAML"),
+    ("a: !!python/object/apply:os.system ['touch owned']", "not valid YAML"),
+    ("preset: nope", "preset is 'nope'"),
+])
+def test_config_file_errors(text, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    assert expected in fails(["--config", "c.yaml"], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: subspace\nsteps: 11\nlr: 2e-4\nema_rates: [0.5, 0.9]\n")
+    config = parse_train(["--config", str(path), "--steps", "12"])
+    assert (config.preset, config.data, config.steps, config.lr) == ("subspace", "subspace", 12, 2e-4)
+    assert config.ema_rates == (0.5, 0.9) and config.batch_size == PRESETS["subspace"]["batch_size"]
+
+
+def test_every_preset_is_a_valid_configuration():
+    for name in PRESETS:
+        config = TrainConfig(**preset_values(name))
+        assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_out_that_holds_another_run(tmp_path, capsys):
+    quiet(points(tmp_path))
+    flags = ["--preset", "plane", "--out", str(tmp_path / "run")]
+    assert "add --resume to continue that one" in fails(flags, capsys)
+    error = fails(["--resume", "--out", str(tmp_path / "run"), "--lam", "0.9"], capsys)
+    assert "lam is 0.3 there, 0.9 was asked for" in error
+    assert load_newest(tmp_path / "run" / "checkpoints").step == 6
+
+
+def test_clean_images_are_warned_of(tmp_path):
+    smooth = np.linspace(0, 255, 16)[None, :] + np.zeros((16, 1))
+    pictures = np.repeat(smooth[None, :, :, None].astype(np.uint8), 30, 0)
+    np.save(tmp_path / "clean.npy", pictures)
+    config = tiny(tmp_path, data="images", data_dir=tmp_path / "clean.npy", resolution=16,
+                  corrupt_fraction=0.0, steps=1)
+    assert any("look clean" in warning for warning in quiet(config).summary["warnings"])
+    noisy = replace(config, corrupt_fraction=0.9, out=tmp_path / "noisy")
+    assert not any("look clean" in warning for warning in quiet(noisy).summary["warnings"])
