@@ -341,8 +341,10 @@ def test_killed_and_resumed_from_the_command_line(tmp_path):
     first.kill()
     first.wait()
     before = load_newest(root).step
-    resumed = subprocess.run([sys.executable, "-m", "robustdm.train", "--resume", "--out", "killed"],
-                             cwd=tmp_path, env=environment, capture_output=True, text=True)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "robustdm.train", "--resume", "--out", "killed"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )
     if before < 40:  # else the machine was faster than the kill
         assert resumed.returncode == 0, resumed.stderr
         assert f"continuing killed after step {before}" in resumed.stdout
@@ -408,7 +410,8 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("preset: subspace\nsteps: 11\nlr: 2e-4\nema_rates: [0.5, 0.9]\n")
     config = parse_train(["--config", str(path), "--steps", "12"])
-    assert (config.preset, config.data, config.steps, config.lr) == ("subspace", "subspace", 12, 2e-4)
+    assert (config.preset, config.data) == ("subspace", "subspace")
+    assert (config.steps, config.lr) == (12, 2e-4)
     assert config.ema_rates == (0.5, 0.9) and config.batch_size == PRESETS["subspace"]["batch_size"]
 
 

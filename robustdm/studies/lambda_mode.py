@@ -18,7 +18,7 @@ from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
 MODES = ("ray", "x", "std", "literal")
-OBJECTIVES = {"DDPM": dict(objective="ddpm")} | {
+OBJECTIVES = {"DDPM": subspace.OBJECTIVES["DDPM"]} | {
     f"robust_adv ({mode})": dict(objective="robust_adv", lambda_mode=mode) for mode in MODES
 }
 SIGNAL, NOISE = 25, 40

@@ -19,13 +19,14 @@ NOISE_DIMS = 27
 NOISE_SD = 0.1 * 0.9**0.5
 """rms over all points of the training data's noise, per dimension."""
 
+# The mode is named throughout, so that a change of the default leaves the study as it is.
 OBJECTIVES = {
-    "DDPM": dict(objective="ddpm"),
-    "robust_ran": dict(objective="robust_ran"),
-    "outward_ran": dict(objective="outward_ran"),
+    "DDPM": dict(objective="ddpm", lambda_mode="ray"),
+    "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
+    "outward_ran": dict(objective="outward_ran", lambda_mode="ray"),
     "robust_adv (ray)": dict(objective="robust_adv", lambda_mode="ray"),
     "robust_adv (x)": dict(objective="robust_adv", lambda_mode="x"),
-    "invariance": dict(objective="invariance"),
+    "invariance": dict(objective="invariance", lambda_mode="ray"),
 }
 COLUMNS = ["off_subspace_sd", *(f"component_ratio_{k}" for k in range(1, 6)), "sliced_wasserstein"]
 
