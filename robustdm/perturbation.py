@@ -63,7 +63,8 @@ class Perturbation:
                 raise UsageError(f"{name} is {value}: it must be a finite number, 0 or more")
         if not math.isfinite(self.omega):
             raise UsageError(f"omega is {self.omega}: it must be a finite number")
-        if len(self.beta_range) != 2 or not 0 < self.beta_range[0] <= self.beta_range[1]:
+        ends = tuple(self.beta_range)
+        if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
             raise UsageError(
                 f"beta_range is {self.beta_range}: give two positive numbers, the lower one first"
             )
