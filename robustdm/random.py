@@ -95,10 +95,14 @@ def signed_uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def normal(word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal by Box-Muller from two words: |z| < 6.8, a few ulp apart across devices."""
-    u = (word0.to(dtype) * 2.0**-32).clamp_(min=2.0**-33)
-    angle = (word1.to(dtype) * 2.0**-32).mul_(2 * math.pi)
-    return u.log_().mul_(-2).sqrt_().mul_(angle.cos_())
+    """Standard normal by Box-Muller from two words: |z| < 6.8, a few ulp apart across devices.
+
+    Computed in float32 at least and rounded to ``dtype`` once: half precision holds no 2**-33.
+    """
+    work = torch.promote_types(dtype, torch.float32)
+    u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
+    angle = (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
+    return u.log_().mul_(-2).sqrt_().mul_(angle.cos_()).to(dtype)
 
 
 def element_index(first_index: int, shape: tuple[int, ...], device=None) -> Tensor:

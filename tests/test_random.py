@@ -104,6 +104,13 @@ def test_normals_are_standard_normal():
     assert abs(tail - 0.0027) < 0.0004
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_normals_are_rounded_float32_normals(dtype):
+    w = words()
+    z = random.normal(w[0], w[1], dtype)
+    assert z.dtype == dtype and torch.equal(z, random.normal(w[0], w[1]).to(dtype))
+
+
 def test_words_streams_steps_and_seeds_are_uncorrelated():
     index = torch.arange(100_000)
     columns = [
