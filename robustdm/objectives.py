@@ -56,9 +56,9 @@ class Draw:
     def _noise(self) -> tuple[Tensor, Tensor]:
         index = random.element_index(self.first_index, self.shape, self.t.device)
         w0, w1, w2, _ = random.philox(self.seed, self.step, index, Stream.ELEMENT)
-        # Half precision cannot hold a 23-bit uniform: draw in float32 and round once.
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        return random.normal(w0, w1, dtype).to(self.dtype), random.signed_uniform(w2, dtype)
+        # Half precision cannot hold a 23-bit uniform: `delta` is rounded once, when it is scaled.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return random.normal(w0, w1, self.dtype), random.signed_uniform(w2, wide)
 
     @property
     def eps(self) -> Tensor:
@@ -253,10 +253,11 @@ class Objective:
             return
         gpu = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpu):
-            # Not torch.manual_seed: it formats a traceback for every kind of absent device.
+            # Not torch.manual_seed: it formats a traceback for every kind of absent device. Nor
+            # torch.cuda.manual_seed: it seeds the current GPU, which need not be the batch's.
             torch.default_generator.manual_seed(draw.dropout_seed)
-            for _ in gpu:
-                torch.cuda.manual_seed(draw.dropout_seed)
+            for each in gpu:
+                torch.cuda.default_generators[each.index].manual_seed(draw.dropout_seed)
             yield
 
 

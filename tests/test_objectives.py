@@ -209,8 +209,10 @@ def test_forward_passes(name, passes):
         assert torch.equal(model.inputs[-1], out.x_adv)
 
 
-def test_the_attack_computes_no_weight_gradient():
-    """Counted in the backward graph itself: convolutions are asked for input gradients alone."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_attack_computes_no_weight_gradient(bf16):
+    """Counted in the backward graph itself: convolutions are asked for input gradients alone. Under
+    autocast, too, which keeps the casts of the weights from one pass of a step to the next."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     masks = []
@@ -226,7 +228,8 @@ def test_the_attack_computes_no_weight_gradient():
     objective = Objective("robust_adv", SCHEDULE)
     x0 = torch.randn(2, 1, 8, 8)
     with Spy():
-        out = objective(model, x0, objective.draw(x0, seed=0, step=0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = objective(model, x0, objective.draw(x0, seed=0, step=0))
         attack = list(masks)
         masks.clear()
         out.total.backward()
@@ -234,6 +237,10 @@ def test_the_attack_computes_no_weight_gradient():
     assert len(attack) == convolutions and all(m == (True, False, False) for m in attack)
     assert len(masks) == 2 * convolutions and all(m[1] for m in masks)
     assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+    # Only the network runs in bf16: its input, the attack's result and the losses are float32.
+    for name in ("total", "fit", "reg", "delta", "xt", "x_adv"):
+        assert getattr(out, name).dtype == torch.float32, name
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 class Dropping(nn.Module):
@@ -263,6 +270,21 @@ def test_dropout_masks(share):
             objective(model, x0, objective.draw(x0, seed=seed, step=step, first_index=first))
             masks.append(model.masks[-1])
         assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
+
+
+def test_dropout_is_seeded_on_the_gpu_that_holds_the_batch(monkeypatch):
+    """Not on the current one: with fake generators of two GPUs, of which cuda:0 is current."""
+    gpus = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: gpus[device.index].get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state",
+                        lambda state, device: gpus[device.index].set_state(state))
+    before = [gpu.get_state() for gpu in gpus]
+    objective = Objective("robust_adv", SCHEDULE)
+    draw = objective.draw(points(), seed=0, step=0)
+    with objective._dropout(draw, torch.device("cuda:1")):
+        assert [gpu.initial_seed() == draw.dropout_seed for gpu in gpus] == [False, True]
+    assert all(torch.equal(gpu.get_state(), state) for gpu, state in zip(gpus, before, strict=True))
 
 
 @pytest.mark.parametrize("beta_per", ["sample", "batch"])
