@@ -166,7 +166,7 @@ def test_changes_that_make_another_run_are_refused(path):
         RunDir.open(path, asked, resume=True)
     message = str(info.value)
     assert "batch_size is 64 there, 32 was asked for" in message
-    assert "ema_rates is [0.99] there, [0.5] was asked for" in message
+    assert "ema_rates is [0.995] there, [0.5] was asked for" in message
     assert "another --out" in message and "\n" not in message
 
 
