@@ -178,11 +178,11 @@ class TensorData(Data):
 
     def _gather(self, name: str, items: Tensor, device: torch.device) -> Tensor:
         if not self.resident:
-            return getattr(self, name)[items].to(device)
+            return to_device(getattr(self, name)[items], device)
         key = (name, device)
         if key not in self._copies:
             self._copies[key] = getattr(self, name).to(device)
-        return self._copies[key][items.to(device)]
+        return self._copies[key][to_device(items, device)]
 
     def clean(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         return to_float(self._gather("values", self.members[indices.cpu()], torch.device(device)))
@@ -192,7 +192,7 @@ class TensorData(Data):
         if self.observed is not None:
             return self._gather("observed", items, torch.device(device))
         clean = self.clean(indices, device)
-        return self.corruption(clean, items.to(device)) if self.corruption else clean
+        return self.corruption(clean, to_device(items, clean.device)) if self.corruption else clean
 
     def all_clean(self) -> Tensor:
         """(N, *shape) float32: every clean item of the whole set, the reference of measures."""
@@ -202,6 +202,13 @@ class TensorData(Data):
         if self._sha256 is None:
             self._sha256 = sha256_of(self.values)
         return self._sha256
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without waiting: an ordinary copy lets the host wait until the GPU has
+    done all that it was given before, and so leaves the GPU idle once in every step."""
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
 
 
 def to_float(values: Tensor) -> Tensor:

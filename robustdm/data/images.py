@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.arrays import load_array, resize_array
-from robustdm.data.base import Data, TensorData, to_float
+from robustdm.data.base import Data, TensorData, to_device, to_float
 from robustdm.data.cifar import DEFAULT_DIR, URL, load_cifar
 from robustdm.data.corruption import Corruption
 from robustdm.data.decode import quiet
@@ -89,10 +89,9 @@ class ImageFiles(Data):
         if decoded.pixels is None:
             raise RunError(f"{self.pictures.source.path}: no image can be read any more; check "
                            "the disk, then go on with --resume")
-        pixels = decoded.pixels.pin_memory() if device.type == "cuda" else decoded.pixels
-        x = to_float(pixels.to(device, non_blocking=True))
+        x = to_float(to_device(decoded.pixels, device))
         if noisy and self.corruption:
-            return self.corruption(x, self.members[decoded.positions].to(device))
+            return self.corruption(x, to_device(self.members[decoded.positions], device))
         return x
 
     def clean(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
