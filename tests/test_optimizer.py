@@ -1,0 +1,87 @@
+"""Moving averages and the optimizer against their formulas."""
+
+import pytest
+import torch
+from torch import nn
+
+from robustdm.training.optimizer import EMA, SkippingAdamW
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3))
+
+
+def perturb(model, scale=0.1):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
+def test_the_average_is_its_recursion(rate):
+    model = network().to(memory_format=torch.channels_last)
+    ema = EMA(model, rate)
+    wanted = [p.detach().double().clone() for p in model.parameters()]
+    for n in range(30):
+        perturb(model)
+        ema.update(n)
+        decay = min(rate, (1 + n) / (10 + n))
+        wanted = [decay * w + (1 - decay) * p.detach().double()
+                  for w, p in zip(wanted, model.parameters(), strict=True)]
+    for average, w, p in zip(ema.model.parameters(), wanted, model.parameters(), strict=True):
+        assert torch.allclose(average.double(), w, atol=1e-6)
+        assert average.stride() == p.stride() and not average.requires_grad
+    assert not ema.model.training and model.training
+
+
+def losses(model, steps=4, scale=1.0):
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        yield scale * (model(x) - 1).square().mean()
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-2, 1e6])
+def test_it_is_adamw_on_clipped_gradients(clip):
+    """Against plain AdamW, with the learning rate that each call names."""
+    ours, theirs = network(), network()
+    optimizer = SkippingAdamW(ours, lr=9.0, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    pairs = zip(losses(ours), losses(theirs), strict=True)
+    for step, (a, b) in enumerate(pairs, 1):
+        lr = 1e-3 * step
+        a.backward()
+        norm, skipped = optimizer.clip_and_step(lr, clip, a.detach())
+        b.backward()
+        total = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
+        for p in theirs.parameters():
+            p.grad *= min(1.0, clip / total.item()) if clip else 1.0
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        reference.zero_grad()
+        assert norm.item() == pytest.approx(total.item(), rel=1e-5) and skipped.item() == 0
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6) and p.grad is None
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_moves_where_loss_or_gradient_is_not_finite(value, where, clip):
+    model = network()
+    optimizer = SkippingAdamW(model, lr=1e-2, weight_decay=0.1)
+    skips = []
+    for step, loss in enumerate(losses(model, 3)):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss.backward()
+        loss = loss.detach()
+        if step == 1 and where == "loss":
+            loss = loss * value
+        elif step == 1:
+            next(model.parameters()).grad[0, 0, 0, 0] = value
+        skips.append(optimizer.clip_and_step(1e-2, clip, loss)[1].item())
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == (step == 1)
+    assert skips == [0, 1, 0]
+    # The skipped step is none: the bias corrections count two.
+    assert all(state["step"].item() == 2 for state in optimizer.state.values())
