@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -117,6 +118,27 @@ def test_resume_is_bit_exact(tmp_path, make):
     assert final[0]["heldout_loss"] == final[1]["heldout_loss"]
     assert np.array_equal(*(np.load(c.out / "samples" / "final.npz")["samples"]
                             for c in (whole, part)))
+
+
+def test_a_resumed_run_does_not_keep_its_checkpoint_in_memory(tmp_path, monkeypatch):
+    config = points(tmp_path)
+    quiet(replace(config, stop_after=2))
+    original, kept = loop.load_newest, []
+
+    def watched(root, **options):
+        assert torch.device(options.get("device", "cpu")).type == "cpu"
+        checkpoint = original(root, **options)
+        kept.extend(weakref.ref(v) for v in checkpoint.tensors["model"].values())
+        return checkpoint
+
+    def batches(*arguments):
+        assert kept and not any(tensor() is not None for tensor in kept)
+        return original_batches(*arguments)
+
+    original_batches = loop.batches
+    monkeypatch.setattr(loop, "load_newest", watched)
+    monkeypatch.setattr(loop, "batches", batches)
+    assert quiet(replace(config, resume=True)).step == 6
 
 
 def test_a_finished_run_can_be_extended(tmp_path):

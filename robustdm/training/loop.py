@@ -102,9 +102,11 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
 
     with RunDir.open(config.out, config, config.resume) as run, StopSignals() as signals:
         clean_stale(run.checkpoints)
-        checkpoint = load_newest(run.checkpoints, device=trainer.device) if config.resume else None
+        # Read into host memory and let go of: the device holds what the run itself needs.
+        checkpoint = load_newest(run.checkpoints) if config.resume else None
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        del checkpoint
         run.truncate_metrics(trainer.step)
         if trainer.step >= config.steps:
             raise UsageError(
