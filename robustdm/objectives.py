@@ -13,6 +13,7 @@ o' - o - delta = -(sqrt(abar_t) / s) (x0_hat' - x0_hat).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ class Draw:
 
     @cached_property
     def dropout_seed(self) -> int:
-        """Seed of the generator that dropout draws from, the same for every pass of the step."""
+        """Seed of the generator that dropout draws from in the first pass of the step."""
         index = torch.tensor([self.first_index])
         high, low, _, _ = random.philox(self.seed, self.step, index, Stream.DROPOUT)
         return (int(high) >> 1) << 32 | int(low)
@@ -113,8 +114,9 @@ class Objective:
         backend: "auto" or "torch".
         beta_per: draw the factor b once per "sample" or per "batch".
         detach_clean: stop the regulariser's gradient through the clean prediction.
-        share_dropout: use one dropout mask for all forward passes of a step, by reseeding the
-            generator before each; independent masks add a penalty on the dropout noise itself.
+        share_dropout: use one dropout mask for all forward passes of a step; independent masks
+            add a penalty on the dropout noise itself. Either way the generator is seeded before
+            each pass, so that a step's masks depend on the draw alone.
         lambda_max: upper bound of lambda_t; None is unbounded.
         attack: "output" maximises |E(x_t + s delta) - o|^2 (Eq. 8), "equivariance" the residual
             |E(x_t + s delta) - o - delta|^2 that the loss penalises.
@@ -203,10 +205,12 @@ class Objective:
             raise UsageError(f"draw has shape {draw.shape}, x0 {tuple(x0.shape)}: draw from x0")
         t, eps = draw.t, draw.eps
         s = self.schedule.at("sqrt_one_minus_alphas_cumprod", t, x0)
-        xt = self.schedule.at("sqrt_alphas_cumprod", t, x0) * x0 + s * eps
+        xt = self.schedule.q_sample(x0, t, eps)
+        passes = itertools.count()
 
         def predict(x: Tensor) -> Tensor:
-            with self._dropout(draw, x.device):
+            number = next(passes)
+            with seeded(draw.dropout_seed + (0 if self.share_dropout else number), x.device):
                 return predict_noise(model, x, t)
 
         clean = predict(xt)
@@ -245,21 +249,6 @@ class Objective:
             (gradient,) = torch.autograd.grad((change**2).sum(), start)
         return project_step(draw.delta, gradient, draw.radius)
 
-    @contextmanager
-    def _dropout(self, draw: Draw, device: torch.device) -> Iterator[None]:
-        """Give each pass of a step the same dropout masks, and leave the user's generator alone."""
-        if not self.share_dropout:
-            yield
-            return
-        gpu = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpu):
-            # Not torch.manual_seed: it formats a traceback for every kind of absent device. Nor
-            # torch.cuda.manual_seed: it seeds the current GPU, which need not be the batch's.
-            torch.default_generator.manual_seed(draw.dropout_seed)
-            for each in gpu:
-                torch.cuda.default_generators[each.index].manual_seed(draw.dropout_seed)
-            yield
-
 
 def project_step(start: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
     """Step from ``start`` by r / sqrt3 along a sign, and clamp to the ball.
@@ -295,3 +284,16 @@ def no_weight_gradients(model) -> Iterator[None]:
     finally:
         for p in weights:
             p.requires_grad_(True)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a pass whose dropout masks ``seed`` decides, and leave the user's generators alone."""
+    gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpu):
+        # Not torch.manual_seed: it formats a traceback for every kind of absent device. Nor
+        # torch.cuda.manual_seed: it seeds the current GPU, which need not be the batch's.
+        torch.default_generator.manual_seed(seed)
+        for each in gpu:
+            torch.cuda.default_generators[each.index].manual_seed(seed)
+        yield

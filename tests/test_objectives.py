@@ -8,7 +8,7 @@ from torch import nn
 
 from robustdm import NoiseSchedule, Objective, Perturbation, UsageError
 from robustdm.models import PointMLP, build_model
-from robustdm.objectives import OBJECTIVES, project_step
+from robustdm.objectives import OBJECTIVES, project_step, seeded
 from robustdm.schedule import expand
 from robustdm.training.config import TrainConfig
 
@@ -261,15 +261,16 @@ def test_dropout_masks(share):
     objective = Objective("robust_adv", SCHEDULE, share_dropout=share)
     before = torch.random.get_rng_state()
     objective(model, x0, objective.draw(x0, seed=0, step=0))
-    same = [torch.equal(model.masks[0], mask) for mask in model.masks]
-    assert same == ([True, True, True] if share else [True, False, False])
-    if share:
-        assert torch.equal(before, torch.random.get_rng_state())  # the user's stream is untouched
-        masks = [model.masks[0]]
-        for seed, step, first in ((0, 1, 0), (1, 0, 0), (0, 0, 4)):
-            objective(model, x0, objective.draw(x0, seed=seed, step=step, first_index=first))
-            masks.append(model.masks[-1])
-        assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
+    first = list(model.masks)
+    same = [[torch.equal(a, b) for a in first] for b in first]
+    assert same == ([[True] * 3] * 3 if share else torch.eye(3).bool().tolist())
+    assert torch.equal(before, torch.random.get_rng_state())  # the user's stream is untouched
+    for seed, step, index in ((0, 1, 0), (1, 0, 0), (0, 0, 4), (0, 0, 0)):
+        model.masks.clear()
+        torch.rand(1)  # nor do the masks depend on it
+        objective(model, x0, objective.draw(x0, seed=seed, step=step, first_index=index))
+        same = [torch.equal(a, b) for a, b in zip(first, model.masks, strict=True)]
+        assert same == [(seed, step, index) == (0, 0, 0)] * 3
 
 
 def test_dropout_is_seeded_on_the_gpu_that_holds_the_batch(monkeypatch):
@@ -280,10 +281,8 @@ def test_dropout_is_seeded_on_the_gpu_that_holds_the_batch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state",
                         lambda state, device: gpus[device.index].set_state(state))
     before = [gpu.get_state() for gpu in gpus]
-    objective = Objective("robust_adv", SCHEDULE)
-    draw = objective.draw(points(), seed=0, step=0)
-    with objective._dropout(draw, torch.device("cuda:1")):
-        assert [gpu.initial_seed() == draw.dropout_seed for gpu in gpus] == [False, True]
+    with seeded(5, torch.device("cuda:1")):
+        assert [gpu.initial_seed() == 5 for gpu in gpus] == [False, True]
     assert all(torch.equal(gpu.get_state(), state) for gpu, state in zip(gpus, before, strict=True))
 
 
