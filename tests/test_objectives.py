@@ -335,6 +335,13 @@ def test_any_trailing_shape(name, shape):
     assert out.xt.shape == x0.shape and out.fit.shape == (4,) and out.total.dtype == x0.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_mlp_tells_timesteps_apart(dtype):
+    model = PointMLP(2, width=64, depth=1).to(dtype)
+    out = model(torch.zeros(1000, 2, dtype=dtype), torch.arange(1000))
+    assert out.dtype == dtype and (out[1:] != out[:-1]).any(dim=1).double().mean() > 0.9
+
+
 def test_diffusers_networks_work_as_they_are():
     config = TrainConfig(block_channels=(8, 8), norm_groups=4)
     model = build_model(config, (1, 8, 8))

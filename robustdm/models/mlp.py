@@ -29,7 +29,9 @@ class PointMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise of ``x`` (B, dim) at timesteps ``t`` (B,); returns (B, dim)."""
-        angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies
+        # In float32 at least: bfloat16 would round the timesteps above 256 to one another.
+        wide = torch.promote_types(self.frequencies.dtype, torch.float32)
+        angle = t.to(wide)[:, None] * self.frequencies.to(wide)
         time = torch.cat([angle.sin(), angle.cos()], dim=1).to(x.dtype)
         h = self.inlet(x)
         for layer, shift in zip(self.layers, self.shifts, strict=True):
