@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from robustdm import random
 from robustdm.errors import UsageError
-from robustdm.models import predict_noise
+from robustdm.network import predict_noise
 from robustdm.perturbation import Perturbation
 from robustdm.random import Stream
 from robustdm.schedule import NoiseSchedule, expand
@@ -268,7 +268,8 @@ def project_step(start: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
 def mean_flat(x: Tensor) -> Tensor:
     """Mean over everything but the first dimension: (B, ...) -> (B,), at least in float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.flatten(1).mean(1) if x.ndim > 1 else x
+    # Not flatten(1), which would copy a channels-last tensor.
+    return x.mean(tuple(range(1, x.ndim))) if x.ndim > 1 else x
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustdm.errors import UsageError
-from robustdm.models import predict_noise
+from robustdm.network import predict_noise
 from robustdm.random import Stream, element_index, normal, philox
 from robustdm.schedule import NoiseSchedule
 

@@ -43,7 +43,6 @@ class TestEverySet:
         assert x.shape == (3, *data.shape) and x.dtype == torch.float32
         assert torch.equal(x[0], x[2])
         assert data.is_image == (len(data.shape) == 3)
-        assert data.clip_range is None
         assert data.describe().count("\n") == 0 and data.name in data.describe()
 
     def test_the_same_configuration_gives_the_same_data(self, cfg):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robustdm.errors import UsageError
-from robustdm.models import predict_noise
+from robustdm.network import predict_noise
 from robustdm.perturbation import Perturbation
 from robustdm.random import Stream, normal, philox
 from robustdm.sampling import Respaced, sample, stream_noise, timesteps

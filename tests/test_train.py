@@ -314,9 +314,10 @@ def test_memory_estimate_counts_what_autograd_keeps(tmp_path):
     measured = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
     del out
     # Attention and channels-last copies differ a little from one device to the next.
-    assert estimate["activations"] == pytest.approx(measured, rel=0.15)
+    drawing = 64 * 8 * 64
+    assert estimate["activations"] - drawing == pytest.approx(measured, rel=0.15)
     robust = estimate_bytes(replace(config, objective="robust_adv"), (1, 8, 8))
-    assert robust["activations"] == 2 * estimate["activations"]
+    assert robust["activations"] - drawing == 2 * (estimate["activations"] - drawing)
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.corruption import Corruption
+from robustdm.metrics import noise_level
 from robustdm.random import WORD, shuffled
 
 # Sets up to this many elements (16 MiB as float32) are corrupted once instead of in every batch.
@@ -43,7 +44,6 @@ class Data:
         name: name of the set.
         shape: (C, H, W) of images or (D,) of points.
         is_image: whether items are images.
-        clip_range: range that samples may be clipped to; None where clipping would hide noise.
         heldout: the part kept out of training, None if there is none.
         quarantine: (path, reason) of the files that could not be read.
         note: what was done to files unlike the others, for the screen.
@@ -51,7 +51,6 @@ class Data:
     """
 
     is_image = False
-    clip_range: tuple[float, float] | None = None
     note = ""
 
     def __init__(
@@ -94,15 +93,21 @@ class Data:
             yield self.batch(indices, device), indices
 
     def measure(self, samples: Tensor) -> dict[str, float]:
-        """How far samples (N, *shape) are from the clean law; empty where nothing is known.
+        """How far samples (N, *shape) are from the clean law, as far as that is known.
 
-        Samples with a NaN or an infinity are left out and counted by ``finite_share``, which is
-        there only if it is below 1.
+        Images always have ``noise_level``, the median over the samples of the white-noise
+        estimate, texture included. Samples with a NaN or an infinity are left out and counted by
+        ``finite_share``, which is there only if it is below 1.
         """
         samples = samples.detach().float().cpu()
         finite = samples.flatten(1).isfinite().all(dim=1)
         share = {} if finite.all() else {"finite_share": finite.double().mean().item()}
-        return share | (self._measure(samples[finite]) if finite.any() else {})
+        if not finite.any():
+            return share
+        samples = samples[finite]
+        if self.is_image and min(self.shape[1:]) >= 2:
+            share["noise_level"] = noise_level(samples).median().item()
+        return self._measure(samples) | share
 
     def _measure(self, samples: Tensor) -> dict[str, float]:
         return {}

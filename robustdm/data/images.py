@@ -28,7 +28,7 @@ from robustdm.data.files import (
     start_worker,
 )
 from robustdm.errors import RunError, UsageError
-from robustdm.metrics import noise_level, spread
+from robustdm.metrics import spread
 
 if TYPE_CHECKING:
     from robustdm.training.config import TrainConfig
@@ -37,20 +37,14 @@ _ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 def _measure_images(samples: Tensor) -> dict[str, float]:
-    """What can be said without knowing the clean law: ``noise_level``, the mean over samples of
-    the white-noise estimate (texture included), and ``pixel_std``, the mean per-pixel std.
-    """
-    result = {"pixel_std": spread(samples)}
-    if min(samples.shape[2:]) >= 2:
-        result["noise_level"] = noise_level(samples).mean().item()
-    return result
+    """What can be said without knowing the clean law: ``pixel_std``, the mean per-pixel std."""
+    return {"pixel_std": spread(samples)}
 
 
 class ImageTensor(TensorData):
     """Images in one tensor (N, C, H, W), uint8 or float32 in [-1, 1]."""
 
     is_image = True
-    clip_range = (-1.0, 1.0)
 
     def _measure(self, samples: Tensor) -> dict[str, float]:
         return _measure_images(samples)
@@ -60,7 +54,6 @@ class ImageFiles(Data):
     """Images too many for memory: decoded when asked for, by worker processes in training."""
 
     is_image = True
-    clip_range = (-1.0, 1.0)
 
     def __init__(
         self, name: str, pictures: Pictures, resolution: int, max_bad: float,

@@ -2,6 +2,5 @@
 
 from robustdm.models.build import build_model, unet_config
 from robustdm.models.mlp import PointMLP
-from robustdm.models.predict import predict_noise
 
-__all__ = ["PointMLP", "build_model", "predict_noise", "unet_config"]
+__all__ = ["PointMLP", "build_model", "unet_config"]

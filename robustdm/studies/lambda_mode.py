@@ -45,7 +45,6 @@ def arms(seeds: int, steps: int | None, butterflies: Path | None) -> list[Arm]:
     """Every reading on every set with every seed; shares its arms with the other studies."""
     made = subspace.arms(seeds, steps, OBJECTIVES)
     made += [arm for arm in invitro.arms(seeds, steps, OBJECTIVES) if arm.group in COLUMNS]
-    made += digits.arms(seeds, steps, OBJECTIVES)
     if butterflies is not None:
         base = preset_values("subspace") | dict(
             data_dir=butterflies, resolution=64,
@@ -56,7 +55,7 @@ def arms(seeds: int, steps: int | None, butterflies: Path | None) -> list[Arm]:
                 make_data=butterfly_data)
             for seed in range(seeds) for name, fields in OBJECTIVES.items()
         ]
-    return made
+    return made + digits.arms(seeds, steps, OBJECTIVES)
 
 
 def run(

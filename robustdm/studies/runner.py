@@ -23,7 +23,7 @@ from robustdm.models import build_model
 from robustdm.sampling import sample
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
-from robustdm.training.rundir import provenance
+from robustdm.training.rundir import git_revision, provenance
 from robustdm.training.trainer import Trainer
 
 
@@ -88,6 +88,7 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
         "train_cpu_s": train_cpu,
         "sample_s": time.perf_counter() - trained,
         "config": arm.config.to_dict(),
+        "git": git_revision(),
     }
     weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
     save_file(weights, kept / f"{arm.key}.safetensors")

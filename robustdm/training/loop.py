@@ -13,7 +13,6 @@ from torch import Tensor
 from robustdm import images
 from robustdm.data import batches
 from robustdm.errors import RunError, UsageError
-from robustdm.metrics import noise_level
 from robustdm.pipeline import save_pipeline
 from robustdm.report import write_report
 from robustdm.training.checkpoint import (
@@ -240,7 +239,7 @@ class _Session:
         if data.is_image:
             images.save_grid(self.run_dir.samples / f"{name}.png", samples[:64])
             self.loggers.images(self.trainer.step, "samples", images.grid(samples[:64]))
-        return measure(data, samples)
+        return data.measure(samples)
 
     def _write_reference(self) -> None:
         """Training data and the same items clean, for the report; and a look at their noise."""
@@ -250,20 +249,20 @@ class _Session:
         arrays = {"train": train.numpy()}
         if not torch.equal(train, clean):
             arrays["clean"] = clean.numpy()
-        self.reference = {name: measure(data, torch.from_numpy(a)) for name, a in arrays.items()}
+        self.reference = {name: data.measure(torch.from_numpy(a)) for name, a in arrays.items()}
         np.savez_compressed(self.run_dir.samples / "reference.npz", **arrays)
-        looks_clean = data.is_image and self.reference["train"]["noise_level"] < CLEAN_NOISE_LEVEL
-        if looks_clean and self.config.objective != "ddpm":
+        level = self.reference["train"].get("noise_level", 1.0)
+        if level < CLEAN_NOISE_LEVEL and self.config.objective != "ddpm":
             self.warn(
-                "the training images look clean (median noise sd "
-                f"{self.reference['train']['noise_level']:.3f}): on clean data the robust "
+                f"the training images look clean (median noise sd {level:.3f}): there the robust "
                 "objective costs quality (FID 29 against 7 in the paper); --objective ddpm does not"
             )
 
     def _warn_of_noise(self, samples: dict[str, float]) -> None:
         """Say so if the samples carry most of the noise that the training data have."""
-        train = self.reference["train"].get("noise_level")
-        if train is None or train < CLEAN_NOISE_LEVEL or self.config.objective == "ddpm":
+        train = self.reference["train"].get("noise_level", 0.0)
+        known = "noise_level" in samples and train >= CLEAN_NOISE_LEVEL
+        if not known or self.config.objective == "ddpm":
             return
         floor = self.reference.get("clean", {}).get("noise_level", 0.0)
         excess = train**2 - floor**2
@@ -338,14 +337,6 @@ class _Session:
         write_json(out / "summary.json", summary)
         write_report(out)
         return summary
-
-
-def measure(data, samples: Tensor) -> dict[str, float]:
-    """The data set's own measures, and the noise level of images."""
-    measures = data.measure(samples)
-    if data.is_image:
-        measures = {**measures, "noise_level": noise_level(samples).median().item()}
-    return measures
 
 
 def describe(trainer: Trainer, estimate: dict[str, int]) -> str:

@@ -12,9 +12,10 @@ from robustdm.training.config import TrainConfig
 def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int]:
     """Bytes of a training step's weights and activations, from a dry pass on the meta device.
 
-    Activations are what one forward pass keeps for its backward pass, for one piece of the batch.
-    A robust objective holds two such graphs at its peak: the clean one, and the attack's or the
-    adversarial one. Under bf16 autocast, tensors are taken to be half as large.
+    Activations are what one forward pass keeps for its backward pass, for one piece of the batch,
+    and what drawing its noise takes. A robust objective holds two such graphs at its peak: the
+    clean one, and the attack's or the adversarial one. Under bf16 autocast, tensors are taken to be
+    half as large.
 
     Args:
         config: the run's configuration.
@@ -43,6 +44,8 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
         activations //= 2
     if config.objective != "ddpm":
         activations *= 2
+    # While noise is drawn, about eight int64 words per element of the batch are alive.
+    activations += 64 * x.numel()
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = parameters * (4 + len(config.ema_rates))
     return {"weights": weights, "activations": activations, "total": weights + activations}

@@ -1,0 +1,81 @@
+"""The studies' machinery: arms, their reuse, tables and claims, on runs of a few steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from robustdm import UsageError
+from robustdm.reproduce import main
+from robustdm.studies import digits, invitro, lambda_mode, subspace
+from robustdm.studies.runner import Claim, Spread, arms_directory, load_samples, run_arm, summarise
+from robustdm.tables import text_table
+
+QUICK = dict(samples=40, sampler="ddim", sampling_steps=3)
+
+
+@pytest.fixture
+def arm(tmp_path):
+    made = subspace.arms(1, 3, {"DDPM": subspace.OBJECTIVES["DDPM"]})[0]
+    arms_directory(tmp_path / "study").mkdir()
+    return replace(made, **QUICK)
+
+
+def test_an_arm_repeats_bit_for_bit(arm, tmp_path):
+    out = tmp_path / "study"
+    first = run_arm(arm, arms_directory(out), threads=1)
+    samples = load_samples(arm, out)
+    again = run_arm(arm, arms_directory(out), threads=1)
+    assert torch.equal(samples, load_samples(arm, out)) and samples.shape == (40, 32)
+    assert first["measures"] == again["measures"] and set(first["measures"]) > {
+        "off_subspace_sd", "component_ratio_5"}
+
+
+def test_keys_tell_arms_apart_and_survive_a_change_of_defaults():
+    keys = [a.key for a in lambda_mode.arms(3, None, None)]
+    assert len(set(keys)) == len(keys)
+    # Studies share arms: the lambda study adds only what the others do not have.
+    shared = {a.key for a in subspace.arms(3, None) + invitro.arms(3, None) + digits.arms(3, None)}
+    missing = {key.rsplit("-seed")[0] for key in set(keys) - shared}
+    assert missing == {f"{group}-robust_adv-{mode}" for mode in ("std", "literal")
+                       for group in ("subspace", "gaussians, outliers", "digits")}
+    for made in subspace.arms(1, None) + digits.arms(1, None):
+        assert made.config.lambda_mode in made.name or "adv" not in made.name
+
+
+def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
+    """The second call trains nothing and says the same."""
+    arms = subspace.arms
+    monkeypatch.setattr(subspace, "arms", lambda *a: [replace(arm, **QUICK) for arm in arms(*a)])
+    command = ["subspace", "--seeds", "1", "--steps", "2", "--jobs", "1",
+               "--out", str(tmp_path / "subspace")]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0
+    second = capsys.readouterr().out
+    assert "6 of 6 arms are done already" in second
+    assert first[first.index("|"):] == second[second.index("|"):]
+    results = json.loads((tmp_path / "subspace" / "results.json").read_text())
+    assert len(results["arms"]) == 6 and len(results["claims"]) == 5
+    assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
+
+
+def test_summaries():
+    records = [{"name": "a", "measures": {"m": value}, "train_s": 1.0} for value in (1.0, 2.0, 6.0)]
+    rows = summarise([*records, {"name": "b", "measures": {}}], ["m", "train_s", "none"])
+    assert rows["a"]["m"].mean == 3.0 and rows["a"]["m"].sd == pytest.approx(7**0.5)
+    assert rows["a"]["train_s"] == Spread(1.0, 0.0) and rows["b"] == {}
+    table = text_table(rows, markdown=True).splitlines()
+    assert table[0].split("|")[2].strip() == "m" and "3 ±2.6" in table[2] and "- |" in table[3]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_claims_say_reached_or_missed():
+    assert str(Claim("x", 0.2, "at most 0.3", True)) == "reached  x: 0.2 (at most 0.3)"
+    assert str(Claim("x", 0.4, "at most 0.3", False)).startswith("MISSED ")
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(UsageError, match="seeds is 0"):
+        main(["subspace", "--seeds", "0"])
