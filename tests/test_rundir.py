@@ -233,6 +233,16 @@ def test_other_data_are_refused(path):
         check_same_data(saved, {**saved, "sigma": 0.2}, path)
 
 
+def test_data_may_move_but_not_change(path):
+    saved = {"name": "pictures", "count": 10, "sha256": "ab"}
+    check_same_data(saved, {**saved, "name": "pictures.zip"}, path)
+    with pytest.raises(UsageError, match="name was 'pictures' and is 'others'"):
+        check_same_data(saved, {**saved, "name": "others", "sha256": "cd"}, path)
+    unknown = {"name": "plane", "count": 10}
+    with pytest.raises(UsageError, match="name was 'plane'"):
+        check_same_data(unknown, {**unknown, "name": "gaussians"}, path)
+
+
 # Lines and files.
 
 

@@ -283,8 +283,13 @@ def _check_config(path: Path, config: TrainConfig) -> None:
 
 
 def check_same_data(saved: dict, found: dict, path: Path) -> None:
-    """Raise a UsageError where the data's identity is not the one the run was started with."""
+    """Raise a UsageError where the data's identity is not the one the run was started with.
+
+    The name is only that of a file or folder: the same content may have moved.
+    """
     found = _plain(found)
+    if saved.get("sha256") and saved["sha256"] == found.get("sha256"):
+        saved = {**saved, "name": found.get("name")}
     changes = [f"{key} was {saved.get(key)!r} and is {found.get(key)!r}"
                for key in {**saved, **found} if saved.get(key) != found.get(key)]
     if changes:
