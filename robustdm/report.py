@@ -302,7 +302,8 @@ def _commands(run: Run) -> str:
     commands = (
         resume,
         ("Make more samples", f"python -m robustdm.sample --run {here} --num 64 --sampler ddim "
-                              f"--steps {run.config.preview_steps} --out {out}"),
+                              f"--steps {min(run.config.preview_steps, run.config.timesteps)} "
+                              f"--out {out}"),
         ("Make this page again", f"python -m robustdm.report {here}"),
     )
     return section("Commands", *(f"{soft(label)}<pre>{escape(command)}</pre>"

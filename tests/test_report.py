@@ -151,6 +151,12 @@ def test_page_is_complete_and_self_contained(tmp_path, shape):
     assert "not finished" not in page.text
 
 
+def test_the_sampling_command_fits_a_short_schedule(tmp_path):
+    run = make_run(tmp_path / "run", (1, 8, 8), plots=False, timesteps=20)
+    page = Page(write_report(run).read_text())
+    assert f"robustdm.sample --run {run} --num 64 --sampler ddim --steps 20 " in page.text
+
+
 def test_pictures_show_the_samples_pixel_for_pixel(tmp_path):
     run = make_run(tmp_path / "run", (1, 8, 8), plots=False)
     samples = -np.ones((1, 1, 8, 8), np.float32)
