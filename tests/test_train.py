@@ -152,6 +152,22 @@ def test_a_finished_run_can_be_extended(tmp_path):
     assert_same_bits(tensors(whole.out), tensors(short.out))
 
 
+def test_a_run_killed_after_its_last_step_is_finished_by_resume(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Session, "_finish", lambda self: {})
+        quiet(config)
+    assert not (config.out / "summary.json").exists()
+    before = tensors(config.out)
+    result = quiet(replace(config, resume=True))
+    assert result.summary["step"] == result.step == 6
+    for name in ("pipeline/model_index.json", "report.html", "samples/final.npz"):
+        assert (config.out / name).exists()
+    assert_same_bits(before, tensors(config.out))
+    with pytest.raises(UsageError, match="raise --steps"):
+        quiet(replace(config, resume=True))
+
+
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(tmp_path, pieces):
     one, many = (Trainer(tiny(tmp_path, dropout=0.0, accumulate=k)) for k in (1, pieces))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
             trainer.restore(checkpoint)
         del checkpoint
         run.truncate_metrics(trainer.step)
-        if trainer.step >= config.steps:
+        if trainer.step >= config.steps and _finished_step(run.path) == trainer.step:
             raise UsageError(
                 f"the run in {config.out} has done its {trainer.step} steps: raise --steps to "
                 "extend it"
@@ -129,6 +130,14 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
                 return session.run()
             finally:
                 session.close()
+
+
+def _finished_step(path: Path) -> int | None:
+    """The step that summary.json was written at; None if the run never got that far."""
+    try:
+        return json.loads((path / "summary.json").read_text(encoding="utf-8")).get("step")
+    except (OSError, ValueError):
+        return None
 
 
 class _Session:
