@@ -152,6 +152,22 @@ def test_a_finished_run_can_be_extended(tmp_path):
     assert_same_bits(tensors(whole.out), tensors(short.out))
 
 
+def test_the_heldout_loss_weighs_all_timesteps_alike(tmp_path):
+    trainer = Trainer(tiny(tmp_path, holdout=0.005))
+    length, seen = len(trainer.schedule), []
+
+    def model(x, t):
+        seen.extend(t.tolist())
+        return torch.zeros_like(x)
+
+    trainer.emas[0].model = model
+    loss = trainer.heldout_loss()
+    assert loss == pytest.approx(1, abs=0.05)  # the mean of eps^2
+    assert len(trainer.data.heldout) == 9 and len(seen) == 256
+    assert np.mean(np.float64(seen)) == pytest.approx((length - 1) / 2, rel=2e-3)
+    assert np.histogram(seen, bins=8, range=(0, length))[0].tolist() == [32] * 8
+
+
 def test_a_run_killed_after_its_last_step_is_finished_by_resume(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     with monkeypatch.context() as patch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from robustdm.training.rundir import check_same_data
 
 BANDS = 4
 """Equal bands of t in which the loss is logged, low noise first."""
-HELDOUT_ITEMS = 256
+HELDOUT_DRAWS = 256
+"""Pairs of a held-out item and a timestep behind the held-out loss."""
 PROBE_STEP = 2**32 - 1
 """Step number of held-out and compilation draws: one that no run reaches."""
 
@@ -134,13 +137,18 @@ class Trainer:
         heldout = self.data.heldout
         if heldout is None:
             return None
-        x0 = heldout.batch(torch.arange(min(HELDOUT_ITEMS, len(heldout))), self.device)
+        # The loss falls a hundredfold from low t to high: random timesteps would decide the mean of
+        # so few draws, so they are spaced evenly, and a small set is gone through several times.
+        count = torch.arange(HELDOUT_DRAWS)
+        x0 = heldout.batch(count % len(heldout), self.device)
+        times = ((2 * count + 1) * len(self.schedule) // (2 * HELDOUT_DRAWS)).to(self.device)
         plain = Objective("ddpm", self.schedule)
         losses = []
         for first, piece in zip(range(0, len(x0), 64), x0.split(64), strict=True):
             draw = plain.draw(
                 piece, seed=self.config.seed, step=PROBE_STEP, first_index=first
             )
+            draw = replace(draw, t=times[first : first + len(piece)])
             with self.autocast():
                 losses.append(plain(self.emas[0].model, piece, draw).fit)
         return torch.cat(losses).mean().item()
