@@ -71,7 +71,17 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     if known.resume:
         from robustdm.training.rundir import read_config
 
+        if known.config:
+            raise UsageError(
+                f"config is {known.config!r}: --resume continues with the run's own "
+                "configuration; leave --config out, and give what may change as flags"
+            )
         values = read_config(Path(known.out or preset_values(known.preset or "digits")["out"]))
+        if known.preset and known.preset != values.get("preset"):
+            raise UsageError(
+                f"preset is {known.preset!r}: the run was started with {values.get('preset')!r}; "
+                "leave --preset out"
+            )
         values = {**values, "resume": True, "dry_run": False, "stop_after": None, "max_time": None}
     else:
         file = read_yaml(Path(known.config)) if known.config else {}

@@ -7,7 +7,7 @@ class RobustDMError(Exception):
     exit_code = 1
 
 
-class UsageError(RobustDMError, ValueError):
+class UsageError(RobustDMError):
     """The call was wrong: the message names the field, the value given and the remedy."""
 
     exit_code = 2

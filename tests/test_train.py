@@ -21,12 +21,13 @@ from robustdm.training import loop
 from robustdm.training.checkpoint import load_newest, verify
 from robustdm.training.config import PRESETS, TrainConfig, preset_values
 from robustdm.training.loop import train
-from robustdm.training.memory import estimate_bytes
+from robustdm.training.memory import available_bytes, check_fits, estimate_bytes
 from robustdm.training.run import load_run
 from robustdm.training.trainer import Trainer
 
 TINY = dict(block_channels=(8, 8), norm_groups=4, batch_size=8, steps=6, log_every=2,
-            sample_every=4, checkpoint_every=2, num_samples=4, preview_steps=3, dropout=0.1)
+            sample_every=4, checkpoint_every=2, num_samples=4, preview_steps=3, final_steps=3,
+            dropout=0.1)
 
 
 def tiny(tmp_path, **fields):
@@ -171,7 +172,7 @@ def test_the_heldout_loss_weighs_all_timesteps_alike(tmp_path):
 def test_a_run_killed_after_its_last_step_is_finished_by_resume(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Session, "_finish", lambda self: {})
+        patch.setattr(loop._Session, "_finish", lambda self, **_: {})
         quiet(config)
     assert not (config.out / "summary.json").exists()
     before = tensors(config.out)
@@ -352,6 +353,54 @@ def test_memory_estimate_counts_what_autograd_keeps(tmp_path):
     assert robust["activations"] - drawing == 2 * (estimate["activations"] - drawing)
 
 
+def test_a_run_that_cannot_fit_is_refused_with_the_remedy():
+    config = TrainConfig(batch_size=64)
+    estimate = {"weights": 10, "activations": 900, "total": 910}
+    assert check_fits(config, estimate, 1000) is check_fits(config, estimate, None) is None
+    assert "--accumulate 2 gives" in check_fits(config, estimate, 800)
+    with pytest.raises(UsageError, match="batch_size is 64: a step needs .* --accumulate 16 gives"):
+        check_fits(config, estimate, 100)
+    with pytest.raises(UsageError, match="a smaller network"):
+        check_fits(config, estimate, 12)
+    assert available_bytes(torch.device("cpu")) is None or available_bytes(
+        torch.device("cpu")) > 2**20
+
+
+def test_a_monstrous_batch_is_refused_before_it_is_tried(tmp_path, capsys):
+    flags = ["--batch-size", "300000000", "--dry-run", "--out", str(tmp_path / "run")]
+    assert "--accumulate" in fails(flags, capsys)
+
+
+def test_the_dry_run_looks_at_the_directory(tmp_path, capsys):
+    quiet(points(tmp_path))
+    flags = ["--preset", "plane", "--dry-run", "--out", str(tmp_path / "run")]
+    assert "it holds a run" in fails(flags, capsys)
+
+
+def test_old_checkpoints_are_renewed_by_the_clock(tmp_path):
+    config = points(tmp_path, checkpoint_every=0, checkpoint_minutes=1e-9, keep_last=10)
+    quiet(config)
+    assert len(list((config.out / "checkpoints").iterdir())) == 6
+
+
+def test_a_signal_ends_the_final_sampling_and_resume_finishes(tmp_path, monkeypatch):
+    config = points(tmp_path, final_steps=50)
+    original = Trainer.generate
+
+    def generate(self, sampler, steps, progress):
+        if sampler == "ddpm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, sampler, steps, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "generate", generate)
+        result = quiet(config)
+    assert (result.step, result.stopped, result.exit_code) == (6, "SIGTERM", 143)
+    assert not result.summary and not (config.out / "summary.json").exists()
+    again = quiet(replace(config, resume=True))
+    assert again.summary and again.stopped is None and again.exit_code == 0
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert main(["--dry-run", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
@@ -384,7 +433,7 @@ def test_killed_and_resumed_from_the_command_line(tmp_path):
     """kill -9 in the middle, --resume, and the same final bits as a run that was left alone."""
     flags = ["--preset", "plane", "--steps", "40", "--batch-size", "8", "--num-points", "200",
              "--checkpoint-every", "5", "--sample-every", "0", "--num-samples", "4",
-             "--preview-steps", "2", "--log-every", "5", "--device", "cpu"]
+             "--preview-steps", "2", "--final-steps", "2", "--log-every", "5", "--device", "cpu"]
     command = [sys.executable, "-m", "robustdm.train", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen([*command, "--out", "killed"], cwd=tmp_path, env=environment,
@@ -433,6 +482,7 @@ def fails(argv, capsys, code=2):
     (["--preset", "plane", "--network", "unet"], "use --network mlp"),
     (["--config", "missing.yaml"], "missing.yaml"),
     (["--resume", "--out", "nowhere"], "nowhere is not a run"),
+    (["--resume", "--config", "c.yaml"], "leave --config out"),
     (["--attention-head-dim", "5"], "attention_head_dim is 5"),
 ])
 def test_usage_errors(argv, expected, capsys, tmp_path, monkeypatch):
@@ -480,6 +530,8 @@ def test_out_that_holds_another_run(tmp_path, capsys):
     quiet(points(tmp_path))
     flags = ["--preset", "plane", "--out", str(tmp_path / "run")]
     assert "add --resume to continue that one" in fails(flags, capsys)
+    error = fails(["--resume", "--out", str(tmp_path / "run"), "--preset", "digits"], capsys)
+    assert "the run was started with 'plane'" in error
     error = fails(["--resume", "--out", str(tmp_path / "run"), "--lam", "0.9"], capsys)
     assert "lam is 0.3 there, 0.9 was asked for" in error
     assert load_newest(tmp_path / "run" / "checkpoints").step == 6

@@ -23,7 +23,7 @@ from robustdm.models import build_model
 from robustdm.sampling import sample
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
-from robustdm.training.rundir import git_revision, provenance
+from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
 from robustdm.training.trainer import Trainer
 
 
@@ -51,7 +51,11 @@ class Arm:
     @property
     def key(self) -> str:
         """Name of the arm's files: what it is, and a hash of everything that decides it."""
-        values = {**dataclasses.asdict(self), "config": self.config.to_dict(),
+        # Not what a resumed run may change, such as logging: that leaves the weights as they are.
+        config = {k: v for k, v in self.config.to_dict().items() if k not in CHANGEABLE}
+        deciding = {"steps": self.config.steps, "lr": self.config.lr}
+        deciding |= {"clip_samples": self.config.clip_samples}
+        values = {**dataclasses.asdict(self), "config": config | deciding,
                   "make_data": self.make_data.__qualname__}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
         name = self.name.replace(" ", "-").replace("(", "").replace(")", "")

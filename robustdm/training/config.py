@@ -154,6 +154,8 @@ class TrainConfig:
     """Steps between sample grids (0: only at the end)."""
     checkpoint_every: int = 200
     """Steps between checkpoints (0: only at the end)."""
+    checkpoint_minutes: float = 10.0
+    """Also save when the last checkpoint is this old (0: never)."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
@@ -162,6 +164,10 @@ class TrainConfig:
     """Samples in each preview grid and in the report."""
     preview_steps: int = 50
     """DDIM steps of the previews."""
+    final_sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """Sampler of the report's samples, once the run is complete."""
+    final_steps: int = 1000
+    """Sampling steps of the report's samples, at most `timesteps`."""
     clip_samples: bool = False
     """Clip the predicted image to [-1, 1] while sampling."""
     max_skipped: int = 10
@@ -189,11 +195,12 @@ class TrainConfig:
 
         for name in ("batch_size", "accumulate", "steps", "timesteps", "resolution", "num_points",
                      "layers_per_block", "norm_groups", "mlp_width", "mlp_depth", "log_every",
-                     "keep_last", "num_samples", "preview_steps", "max_skipped", "subspace_rank"):
+                     "keep_last", "num_samples", "preview_steps", "final_steps", "max_skipped",
+                     "subspace_rank"):
             need(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
                      "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
-                     "point_noise_level", "subspace_noise_dims", "seed"):
+                     "point_noise_level", "subspace_noise_dims", "seed", "checkpoint_minutes"):
             need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("corrupt_fraction", "max_bad"):
             need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")
@@ -265,13 +272,14 @@ PRESETS: dict[str, dict] = {
                        scale_shift_norm=True),
     "lsun256": dict(_CIFAR, data="images", resolution=256,
                     block_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2,
-                    attention_resolutions=(16,), resident_gib=0.0),
+                    attention_resolutions=(16,), resident_gib=0.0, accumulate=8),
     # A small network for a folder of one's own pictures.
     "folder": dict(data="images", corrupt_fraction=0.0, resolution=32,
                    block_channels=(64, 128, 128), layers_per_block=2,
                    attention_resolutions=(8,), norm_groups=32, lr=2e-4, batch_size=64,
                    steps=20_000, warmup_steps=500, ema_rates=(0.999,),
-                   sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True),
+                   sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True,
+                   final_steps=100),
 }
 
 

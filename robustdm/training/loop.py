@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from robustdm import images
 from robustdm.data import batches
 from robustdm.errors import RunError, UsageError
 from robustdm.pipeline import save_pipeline
+from robustdm.random import shuffled
 from robustdm.report import write_report
 from robustdm.training.checkpoint import (
     CheckpointError,
@@ -26,9 +28,9 @@ from robustdm.training.checkpoint import (
 from robustdm.training.compilation import compile_network
 from robustdm.training.config import TrainConfig
 from robustdm.training.logging import make_loggers
-from robustdm.training.memory import estimate_bytes
+from robustdm.training.memory import available_bytes, check_fits, estimate_bytes
 from robustdm.training.progress import Progress
-from robustdm.training.rundir import RunDir, write_json, write_text
+from robustdm.training.rundir import RunDir, check_use, write_json, write_text
 from robustdm.training.signals import StopSignals
 from robustdm.training.trainer import PROBE_STEP, Trainer, device_name
 
@@ -93,9 +95,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _train(config: TrainConfig, progress_mode: str) -> Result:
+    check_use(config.out, config, config.resume)  # before the data, which may take minutes
     trainer = Trainer(config)
     estimate = estimate_bytes(config, trainer.data.shape)
     plan = describe(trainer, estimate)
+    tight = check_fits(config, estimate, available_bytes(trainer.device))
+    if tight:
+        plan += f"\nwarning: {tight}"
     if config.dry_run:
         print(plan)
         return Result(config.out, 0, "dry run")
@@ -140,6 +146,10 @@ def _finished_step(path: Path) -> int | None:
         return None
 
 
+class _Interrupted(Exception):
+    """A signal came while samples were drawn."""
+
+
 class _Session:
     """One process's share of a run: the loop, and what is written while it turns."""
 
@@ -152,6 +162,7 @@ class _Session:
         self.started = time.monotonic()
         self.before = trainer.elapsed
         self.first_step = trainer.step
+        self.saved = self.started
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -186,13 +197,33 @@ class _Session:
                 self._log(sampled)
             else:
                 self.progress.update(step)
-            at_interval = config.checkpoint_every and step % config.checkpoint_every == 0
-            if at_interval or last or stopped:
+            due = bool(config.checkpoint_every) and step % config.checkpoint_every == 0
+            age = time.monotonic() - self.saved
+            due |= bool(config.checkpoint_minutes) and age > 60 * config.checkpoint_minutes
+            if due or last or stopped:
                 self._save(required=bool(last or stopped))
-        result = Result(config.out, trainer.step, stopped, self.signals.exit_code)
+        result = Result(config.out, trainer.step, stopped)
         if not self.signals.received:
-            result.summary = self._finish()
+            try:
+                result.summary = self._finish(complete=stopped is None)
+            except _Interrupted:
+                result.stopped = self.signals.received.name
+        result.exit_code = self.signals.exit_code
         return result
+
+    def _sample(self, sampler: str, steps: int) -> Tensor:
+        """Samples for a preview or the report; a signal ends them between two steps."""
+        shown = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if self.signals.received:
+                raise _Interrupted
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                self.progress.message(f"sampling: {done / total:.0%}")
+
+        return self.trainer.generate(sampler, steps, progress)
 
     def _write_quarantine(self) -> None:
         """List the files that could not be read; streamed sets find them while they train."""
@@ -235,8 +266,9 @@ class _Session:
             if heldout is not None:
                 record["heldout_loss"] = heldout
         if sampled:
-            samples = trainer.preview()
-            record["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+            with contextlib.suppress(_Interrupted):
+                samples = self._sample("ddim", self.config.preview_steps)
+                record["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
         self.run_dir.append_metrics(record)
         self.loggers.log(trainer.step, record)
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
@@ -253,7 +285,8 @@ class _Session:
     def _write_reference(self) -> None:
         """Training data and the same items clean, for the report; and a look at their noise."""
         data = self.trainer.data
-        indices = torch.arange(min(len(data), max(self.config.num_samples, 256)))
+        # At random: files and digits often stand in the order they were taken.
+        indices = shuffled(self.config.seed, 0, len(data))[: max(self.config.num_samples, 256)]
         train, clean = data.batch(indices, "cpu"), data.clean(indices, "cpu")
         arrays = {"train": train.numpy()}
         if not torch.equal(train, clean):
@@ -269,13 +302,15 @@ class _Session:
 
     def _warn_of_noise(self, samples: dict[str, float]) -> None:
         """Say so if the samples carry most of the noise that the training data have."""
-        train = self.reference["train"].get("noise_level", 0.0)
-        known = "noise_level" in samples and train >= CLEAN_NOISE_LEVEL
+        train = self.reference["train"]
+        # A set that knows its clean law measures noise better than the general estimate.
+        key = "noise_rms" if "noise_rms" in train else "noise_level"
+        known = key in samples and train.get(key, 0.0) >= CLEAN_NOISE_LEVEL
         if not known or self.config.objective == "ddpm":
             return
-        floor = self.reference.get("clean", {}).get("noise_level", 0.0)
-        excess = train**2 - floor**2
-        kept = max(0.0, samples["noise_level"] ** 2 - floor**2) / excess if excess > 0 else 0.0
+        floor = self.reference.get("clean", {}).get(key, 0.0)
+        excess = train[key] ** 2 - floor**2
+        kept = max(0.0, samples[key] ** 2 - floor**2) / excess if excess > 0 else 0.0
         if kept > 0.5:
             share = f"{kept:.0%}" if kept < 1 else "all or more"
             self.warn(
@@ -314,13 +349,17 @@ class _Session:
             # The one before is untouched; the next interval may find room again.
             self.warn(str(error))
             return
+        self.saved = time.monotonic()
         prune(root, self.config.keep_last, self.config.keep_every)
 
-    def _finish(self) -> dict:
+    def _finish(self, complete: bool) -> dict:
         """Samples, pipeline, summary and report from what has been trained so far."""
         trainer, config, out = self.trainer, self.config, self.run_dir.path
         self.progress.message("sampling for the report ...")
-        samples = trainer.preview()
+        if complete:
+            samples = self._sample(config.final_sampler, config.final_steps)
+        else:
+            samples = self._sample("ddim", config.preview_steps)
         measures = {
             "samples": self._write_samples(samples, "final"),
             "training data": self.reference["train"],
@@ -351,15 +390,16 @@ class _Session:
 def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     """The plan of a run in a few lines."""
     config = trainer.config
-    gib = {key: f"{value / 2**30:.2f} GiB" for key, value in estimate.items()}
+    gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
+           for key, value in estimate.items()}
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
     return "\n".join((
         f"data       {trainer.data.describe()}",
         f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters",
         f"objective  {config.objective}, lambda {config.lam} ({config.lambda_mode}), "
         f"{trainer.schedule.name} schedule",
-        f"steps      {config.steps} of {config.batch_size}{pieces}, {config.precision} on "
-        f"{device_name(trainer.device)}",
+        f"training   {config.steps} steps of {config.batch_size} items{pieces}, "
+        f"{config.precision} on {device_name(trainer.device)}",
         f"memory     about {gib['total']} ({gib['weights']} weights and optimizer, "
         f"{gib['activations']} activations)",
         f"out        {config.out}",

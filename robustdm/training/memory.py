@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from robustdm.errors import UsageError
 from robustdm.models import build_model
 from robustdm.training.config import TrainConfig
 
@@ -49,3 +53,41 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = parameters * (4 + len(config.ema_rates))
     return {"weights": weights, "activations": activations, "total": weights + activations}
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a new process may take on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | None) -> str | None:
+    """Compare an estimate with the memory there is.
+
+    Returns:
+        A warning if it is a close call, else None.
+
+    Raises:
+        UsageError: if it is far too much: on a CPU the system would kill the process without a
+            word.
+    """
+    if available is None or estimate["total"] <= available:
+        return None
+    need, free = (f"{value / 2**30:.1f} GiB" for value in (estimate["total"], available))
+    text = f"batch_size is {config.batch_size}: a step needs about {need}, but {free} are free"
+    room = available - estimate["weights"]
+    whole = estimate["activations"] * config.accumulate
+    fitting = [
+        pieces for pieces in range(config.accumulate + 1, config.batch_size + 1)
+        if config.batch_size % pieces == 0 and whole / pieces <= room
+    ]
+    remedy = f"--accumulate {fitting[0]} gives the same result in less" if fitting else (
+        "use a smaller network or a larger machine")
+    if estimate["total"] > 1.25 * available:
+        raise UsageError(f"{text}; {remedy}")
+    return f"{text}; if memory runs out, {remedy}"

@@ -41,9 +41,11 @@ CHANGEABLE = {
     **dict.fromkeys(("preset", "config", "out", "resume", "dry_run"),
                     "names and switches of the command; what they lead to is compared itself"),
     **dict.fromkeys(("steps", "stop_after", "max_time"), "length of the run: it can be extended"),
-    **dict.fromkeys(("log_every", "sample_every", "checkpoint_every", "keep_last", "keep_every",
-                     "tensorboard", "wandb"), "what is written on the way"),
-    **dict.fromkeys(("num_samples", "preview_steps", "clip_samples"), "the previews alone"),
+    **dict.fromkeys(("log_every", "sample_every", "checkpoint_every", "checkpoint_minutes",
+                     "keep_last", "keep_every", "tensorboard", "wandb"),
+                    "what is written on the way"),
+    **dict.fromkeys(("num_samples", "preview_steps", "clip_samples", "final_sampler",
+                     "final_steps"), "the samples shown, not the training"),
     **dict.fromkeys(("device", "compile", "accumulate", "workers", "resident_gib"),
                     "where and how the same step is computed: machines differ"),
     **dict.fromkeys(("data_dir", "max_bad"), "the content of the data is compared by its sha256"),
@@ -75,7 +77,7 @@ class RunDir:
             RunError: it cannot be created.
         """
         path = Path(path)
-        _check_use(path, resume)
+        check_use(path, config, resume)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path)
@@ -84,9 +86,7 @@ class RunDir:
                            ) from error
         try:
             # Again, now that nobody else can write: two runs may have started at once.
-            _check_use(path, resume)
-            if resume:
-                _check_config(path, config)
+            check_use(path, config, resume)
         except BaseException:
             _release(lock)
             raise
@@ -244,7 +244,14 @@ def _plain(value):
 # May this process use the directory?
 
 
-def _check_use(path: Path, resume: bool) -> None:
+def check_use(path: Path, config: TrainConfig, resume: bool) -> None:
+    """Raise a UsageError unless a run of this configuration may start, or go on, in ``path``."""
+    _check_entries(Path(path), resume)
+    if resume:
+        _check_config(path, config)
+
+
+def _check_entries(path: Path, resume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise UsageError(f"out is {path}: that is a file, name a directory")
     entries = {entry.name for entry in path.iterdir()} if path.exists() else set()

@@ -52,5 +52,7 @@ class StopSignals:
                 os._exit(143)
             return
         self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and first:
+            os.write(2, b"\nstopping after what is under way; Ctrl-C again to abort\n")
         if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt

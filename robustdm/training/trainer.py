@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -153,8 +154,10 @@ class Trainer:
                 losses.append(plain(self.emas[0].model, piece, draw).fit)
         return torch.cat(losses).mean().item()
 
-    def preview(self) -> Tensor:
-        """Samples of the averaged weights from fixed noise, by DDIM: (num_samples, *shape)."""
+    def generate(
+        self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Samples of the averaged weights from fixed noise: (num_samples, *shape)."""
         config = self.config
         with self.autocast():
             return sample(
@@ -162,12 +165,13 @@ class Trainer:
                 self.schedule,
                 self.data.shape,
                 num=config.num_samples,
-                sampler="ddim",
-                steps=min(config.preview_steps, config.timesteps),
+                sampler=sampler,
+                steps=min(steps, config.timesteps),
                 clip=config.clip_samples,
                 seed=config.seed,
                 batch_size=max(1, 2**22 // int(np.prod(self.data.shape)) // 64),
                 device=self.device,
+                progress=progress,
             )
 
     # Checkpoints.
