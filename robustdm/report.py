@@ -33,6 +33,31 @@ PLACES = ("samples", "training data", "clean data")
 PLAIN_OBJECTIVES = ("ddpm",)  # without a perturbation
 
 
+# What the measures of the data sets say, and where a good value lies.
+MEANINGS = {
+    "noise_rms": "rms deviation on the pixels that are constant in clean data; near the clean "
+                 "value is good, the training data's value means the noise was learnt",
+    "residual": "rms outside the 20 leading principal components of the clean data; near the "
+                "clean value is good",
+    "pixel_std": "spread of the samples, mean over pixels; well below the clean value means that "
+                 "signal was removed with the noise",
+    "noise_level": "white-noise estimate from neighbouring pixels, texture included; compare "
+                   "with the other columns",
+    "sliced_wasserstein": "distance of the whole distribution to the clean one; lower is better, "
+                          "but it also falls with the number of samples",
+    "distance": "mean distance to the clean set; lower is better, and rewards shrinkage, so read "
+                "it with the spread",
+    "in_plane_std": "spread within the plane over the truth; 1 is right",
+    "far_share": "share of samples far from every mode; lower is better",
+    "mode": "share of the samples nearest to each mode; a third each is right",
+    "off_subspace_sd": "standard deviation outside the clean subspace; 0 is clean",
+    "component_ratio": "standard deviation along each component over the truth; 1 is right",
+    "rho": "mean distance from the clean subspace; 0 is clean",
+    "psnr": "signal to off-subspace noise in dB; higher is better",
+    "finite_share": "share of the samples that are finite numbers",
+}
+
+
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html from the files in run_dir.
 
@@ -146,6 +171,8 @@ def _measures(run: Run) -> str:
         soft("The samples beside the corrupted data they were learnt from and beside the same "
              "data without corruption."),
         table(rows, ["measure", *places], numbers=True),
+        *(soft(f"{_words(key)}: {meaning}.") for key, meaning in MEANINGS.items()
+          if any(name.startswith(key) for name in run.measures)),
     )
 
 
