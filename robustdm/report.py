@@ -33,6 +33,7 @@ PLACES = ("samples", "training data", "clean data")
 PLAIN_OBJECTIVES = ("ddpm",)  # without a perturbation
 
 
+REDUCED_CONTRAST = 2 / 3
 # What the measures of the data sets say, and where a good value lies.
 MEANINGS = {
     "noise_rms": "rms deviation on the pixels that are constant in clean data; near the clean "
@@ -191,6 +192,8 @@ def _samples(run: Run) -> str:
         text.append(soft("samples/reference.npz, the data to compare with, is not there."))
     elif "clean" not in run.reference:
         text.append(soft("No clean data beside them: the training data carry no added noise."))
+    if not run.config.clip_samples and any(v.ndim == 4 for v in shown.values()):
+        text.append(soft("Drawn at two thirds of the contrast, so that noise on black shows."))
     return section("Training data, clean data, samples", *text,
                    _pictures(run, shown, SHEET_PIXELS))
 
@@ -230,7 +233,9 @@ def _pictures(run: Run, panels: Mapping[str, np.ndarray], pixels: int, small: bo
             count = int(np.clip(pixels // math.prod(array.shape[2:]), 4, MAX_PICTURES))
             count = min(len(array), math.isqrt(count) ** 2)
             buffer = io.BytesIO()
-            to_pil(grid(array[:count])).save(buffer, format="png")
+            # Unclipped samples reach beyond [-1, 1]: at full contrast a black ground would hide it.
+            contrast = 1.0 if run.config.clip_samples else REDUCED_CONTRAST
+            to_pil(grid(array[:count] * contrast)).save(buffer, format="png")
             data = buffer.getvalue()
             if count < len(array) and not small:
                 caption += f": {count} of {len(array):,}"

@@ -157,8 +157,10 @@ def test_the_sampling_command_fits_a_short_schedule(tmp_path):
     assert f"robustdm.sample --run {run} --num 64 --sampler ddim --steps 20 " in page.text
 
 
-def test_pictures_show_the_samples_pixel_for_pixel(tmp_path):
-    run = make_run(tmp_path / "run", (1, 8, 8), plots=False)
+@pytest.mark.parametrize("clip, black, white", [(True, 0, 255), (False, 42, 212)])
+def test_pictures_show_the_samples_pixel_for_pixel(tmp_path, clip, black, white):
+    """At full contrast where samples are clipped, else at two thirds of it."""
+    run = make_run(tmp_path / "run", (1, 8, 8), plots=False, clip_samples=clip)
     samples = -np.ones((1, 1, 8, 8), np.float32)
     samples[0, 0, 2, 5] = 1
     np.savez(run / "samples/final.npz", samples=samples)
@@ -166,9 +168,10 @@ def test_pictures_show_the_samples_pixel_for_pixel(tmp_path):
     which = [a["alt"] for a in page.images].index("samples")
     pixels = np.asarray(page.pngs()[which].convert("L"))
     side = len(pixels) // 8
-    expected = np.zeros((8, 8))
-    expected[2, 5] = 255
-    assert np.array_equal(pixels[side // 2::side, side // 2::side], expected)
+    expected = np.full((8, 8), black)
+    expected[2, 5] = white
+    assert abs(pixels[side // 2::side, side // 2::side] - expected).max() <= 1
+    assert ("two thirds of the contrast" in page.text) == (not clip)
 
 
 def test_text_from_files_is_escaped(tmp_path):

@@ -17,7 +17,7 @@ from robustdm.data import batches
 from robustdm.errors import RunError, UsageError
 from robustdm.pipeline import save_pipeline
 from robustdm.random import shuffled
-from robustdm.report import write_report
+from robustdm.report import REDUCED_CONTRAST, write_report
 from robustdm.training.checkpoint import (
     CheckpointError,
     clean_stale,
@@ -278,8 +278,9 @@ class _Session:
         data = self.trainer.data
         np.savez_compressed(self.run_dir.samples / f"{name}.npz", samples=samples.numpy())
         if data.is_image:
-            images.save_grid(self.run_dir.samples / f"{name}.png", samples[:64])
-            self.loggers.images(self.trainer.step, "samples", images.grid(samples[:64]))
+            shown = samples[:64] * (1.0 if self.config.clip_samples else REDUCED_CONTRAST)
+            images.save_grid(self.run_dir.samples / f"{name}.png", shown)
+            self.loggers.images(self.trainer.step, "samples", images.grid(shown))
         return data.measure(samples)
 
     def _write_reference(self) -> None:
