@@ -58,7 +58,7 @@ class Arm:
         values = {**dataclasses.asdict(self), "config": config | deciding,
                   "make_data": self.make_data.__qualname__}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-        name = self.name.replace(" ", "-").replace("(", "").replace(")", "")
+        name = self.name.replace(" ", "-").replace("(", "").replace(")", "").replace("/", "-")
         return f"{self.group}-{name}-seed{self.config.seed}-{digest.hexdigest()[:8]}"
 
 
