@@ -18,17 +18,15 @@ from robustdm.errors import RunError, UsageError
 from robustdm.training import checkpoint
 from robustdm.training.checkpoint import (
     CheckpointError,
-    check_model_shapes,
     clean_stale,
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    load_optimizer,
-    optimizer_tensors,
     prune,
     save_checkpoint,
     verify,
 )
+from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
 
 
 def tensors_of(seed):

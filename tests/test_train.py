@@ -21,7 +21,12 @@ from robustdm.training import loop
 from robustdm.training.checkpoint import load_newest, verify
 from robustdm.training.config import PRESETS, TrainConfig, preset_values
 from robustdm.training.loop import train
-from robustdm.training.memory import available_bytes, check_fits, estimate_bytes
+from robustdm.training.memory import (
+    available_bytes,
+    check_fits,
+    estimate_bytes,
+    finer_pieces,
+)
 from robustdm.training.run import load_run
 from robustdm.training.trainer import Trainer
 
@@ -364,6 +369,12 @@ def test_a_run_that_cannot_fit_is_refused_with_the_remedy():
         check_fits(config, estimate, 12)
     assert available_bytes(torch.device("cpu")) is None or available_bytes(
         torch.device("cpu")) > 2**20
+
+
+def test_finer_pieces_divide_the_batch():
+    assert finer_pieces(TrainConfig(batch_size=12, accumulate=2)) == [3, 4, 6, 12]
+    assert finer_pieces(TrainConfig(batch_size=36)) == [2, 3, 4, 6, 9, 12, 18, 36]
+    assert finer_pieces(TrainConfig(batch_size=7, accumulate=7)) == []
 
 
 def test_a_monstrous_batch_is_refused_before_it_is_tried(tmp_path, capsys):

@@ -28,7 +28,12 @@ from robustdm.training.checkpoint import (
 from robustdm.training.compilation import compile_network
 from robustdm.training.config import TrainConfig
 from robustdm.training.logging import make_loggers
-from robustdm.training.memory import available_bytes, check_fits, estimate_bytes
+from robustdm.training.memory import (
+    available_bytes,
+    check_fits,
+    estimate_bytes,
+    finer_pieces,
+)
 from robustdm.training.progress import Progress
 from robustdm.training.rundir import RunDir, check_use, write_json, write_text
 from robustdm.training.signals import StopSignals
@@ -83,9 +88,12 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
             ) from error
         if not is_out_of_memory(error):
             raise
+        finer = finer_pieces(config)
+        remedy = f"try --accumulate {finer[0]}, which gives the same result with less memory" if (
+            finer) else "use a smaller network or a larger machine"
         raise RunError(
-            f"out of memory at batch_size {config.batch_size} in {config.accumulate} pieces: try "
-            f"--accumulate {2 * config.accumulate}, which gives the same result with less memory"
+            f"out of memory at batch_size {config.batch_size} in {config.accumulate} pieces: "
+            f"{remedy}"
         ) from error
 
 

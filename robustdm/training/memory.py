@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -82,12 +83,16 @@ def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | N
     text = f"batch_size is {config.batch_size}: a step needs about {need}, but {free} are free"
     room = available - estimate["weights"]
     whole = estimate["activations"] * config.accumulate
-    fitting = [
-        pieces for pieces in range(config.accumulate + 1, config.batch_size + 1)
-        if config.batch_size % pieces == 0 and whole / pieces <= room
-    ]
+    fitting = [n for n in finer_pieces(config) if whole / n <= room]
     remedy = f"--accumulate {fitting[0]} gives the same result in less" if fitting else (
         "use a smaller network or a larger machine")
     if estimate["total"] > 1.25 * available:
         raise UsageError(f"{text}; {remedy}")
     return f"{text}; if memory runs out, {remedy}"
+
+
+def finer_pieces(config: TrainConfig) -> list[int]:
+    """The values of ``accumulate`` above the present one that divide the batch, lowest first."""
+    size = config.batch_size
+    low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    return [n for n in sorted({*low, *(size // n for n in low)}) if n > config.accumulate]

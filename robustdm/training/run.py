@@ -13,8 +13,9 @@ from robustdm.models import build_model
 from robustdm.objectives import Objective
 from robustdm.perturbation import Perturbation
 from robustdm.schedule import NoiseSchedule
-from robustdm.training.checkpoint import check_model_shapes, load_checkpoint, load_newest
+from robustdm.training.checkpoint import load_checkpoint, load_newest
 from robustdm.training.config import TrainConfig
+from robustdm.training.restore import check_model_shapes
 from robustdm.training.rundir import read_config
 
 

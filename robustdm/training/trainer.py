@@ -15,14 +15,10 @@ from robustdm.errors import UsageError
 from robustdm.models import build_model
 from robustdm.objectives import Objective
 from robustdm.sampling import sample
-from robustdm.training.checkpoint import (
-    Checkpoint,
-    check_model_shapes,
-    load_optimizer,
-    optimizer_tensors,
-)
+from robustdm.training.checkpoint import Checkpoint
 from robustdm.training.config import TrainConfig
 from robustdm.training.optimizer import EMA, SkippingAdamW
+from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
 from robustdm.training.run import objective_of
 from robustdm.training.rundir import check_same_data
 

@@ -1,0 +1,112 @@
+"""Networks and optimizers to tensors and back, with a clear error where they do not fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustdm.errors import UsageError
+
+
+def check_model_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise a UsageError, with at most three names, unless ``tensors`` fit the network."""
+    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [
+        f"parameter {name} has shape {found[name]}, the network needs {shape}"
+        for name, shape in needed.items() if name in found and found[name] != shape
+    ]
+    problems += [f"parameter {name} is missing" for name in needed if name not in found]
+    problems += [f"parameter {name} is unknown to the network" for name in found
+                 if name not in needed]
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UsageError(
+            f"checkpoint of another architecture: {'; '.join(problems[:3])}{more}; use the "
+            "configuration that it was trained with"
+        )
+
+
+# How the update is computed on this machine, not what it computes: never taken from a checkpoint.
+_LOCAL_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as named tensors and a JSON-able rest.
+
+    Returns:
+        ``{"<parameter number>.<key>": tensor}`` (AdamW: exp_avg, exp_avg_sq, step) and
+        ``{"param_groups": [...]}`` with the hyper-parameters.
+    """
+    saved = optimizer.state_dict()
+    tensors = {
+        f"{number}.{key}": torch.as_tensor(value)
+        for number, entry in saved["state"].items() for key, value in entry.items()
+    }
+    groups = [
+        {
+            key: value.item() if isinstance(value, Tensor)
+            else list(value) if isinstance(value, tuple) else value
+            for key, value in group.items() if key not in _LOCAL_OPTIONS
+        }
+        for group in saved["param_groups"]
+    ]
+    return tensors, {"param_groups": groups}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict
+) -> None:
+    """Restore what :func:`optimizer_tensors` gave, hyper-parameters (with the lr) included.
+
+    Raises:
+        UsageError: the state is that of another architecture.
+    """
+    current = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [
+        name for group in current["param_groups"]
+        for name in group.get("param_names", map(str, group["params"]))
+    ]
+    saved_groups = rest["param_groups"]
+    if [g["params"] for g in saved_groups] != [g["params"] for g in current["param_groups"]]:
+        count = sum(len(group["params"]) for group in saved_groups)
+        _refuse([f"it has {count} parameters in {len(saved_groups)} groups, the network needs "
+                 f"{len(parameters)} in {len(current['param_groups'])}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        if not number.isdigit() or int(number) >= len(parameters):
+            problems.append(f"parameter {name} is unknown to the network")
+            continue
+        parameter = parameters[int(number)]
+        needed = () if key == "step" else tuple(parameter.shape)
+        if tuple(tensor.shape) != needed:
+            problems.append(f"parameter {names[int(number)]} has shape {tuple(tensor.shape)}, "
+                            f"the network needs {needed}")
+            continue
+        # Fused updates walk through parameter and moments in the order of memory, unchecked: the
+        # moments must have the parameter's strides (channels-last). The step torch itself moves to
+        # the device, where the update wants it there.
+        value = tensor.cpu() if key == "step" else (
+            torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        )
+        state.setdefault(int(number), {})[key] = value
+    _refuse(problems)
+    groups = []
+    for saved, own, live in zip(
+        saved_groups, current["param_groups"], optimizer.param_groups, strict=True
+    ):
+        group = {**own, **saved}
+        for key, value in live.items():
+            if isinstance(value, Tensor):
+                group[key] = torch.full_like(value, saved[key])
+            elif isinstance(value, tuple):
+                group[key] = tuple(group[key])
+        groups.append(group)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
