@@ -329,9 +329,9 @@ def test_compiling_the_network(tmp_path, monkeypatch):
     result = quiet(replace(config, compile=True))
     assert not result.summary["warnings"], result.summary["warnings"]
     products = sorted(sum("mm" in str(t) for t in targets) for targets in graphs)
-    # Three layers, in and out: the attack's backward multiplies once per layer on the input's way
-    # back; the training pass also once per layer for the weights.
-    assert len(products) == 2 and products[0] < products[1]
+    # Inlet, layer and outlet lie on the way back to the input: three products for the attack. The
+    # training pass has those of outlet and layer, and one for each of the four weights.
+    assert products == [3, 6]
     eager = replace(config, out=tmp_path / "eager")
     quiet(eager)
     for name, value in tensors(eager.out)["model"].items():
