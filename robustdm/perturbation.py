@@ -27,7 +27,7 @@ class Perturbation:
     =========  ============================  ===================================================
     mode       lambda_t                      r(t) is
     =========  ============================  ===================================================
-    "ray"      lam sqrt3 / (b s**(omega-1))  the radius without its floor: the literal formula
+    "ray"      lam sqrt3 / (b s**(omega-1))  as printed: no beta in it, hence no floor
     "x"        lam sqrt3 / (b s r_b)         the radius in x-units
     "std"      lam sqrt3 / r_b               the perturbation's own standard deviation, no b
     "literal"  lam sqrt3 / (b r_b)           the radius with its floor
