@@ -43,10 +43,11 @@ def reference_rows(config: TrainConfig) -> dict[str, dict[str, float]]:
     """The same measures for the training data and for clean digits."""
     data = load_data(config)
     everything = torch.arange(len(data))
-    return {
+    measures = {
         "training data": data.measure(data.batch(everything, "cpu")),
         "clean data": data.measure(data.clean(everything, "cpu")),
     }
+    return {name: {k: row[k] for k in COLUMNS if k in row} for name, row in measures.items()}
 
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
