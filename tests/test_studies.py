@@ -44,6 +44,21 @@ def test_keys_tell_arms_apart_and_survive_a_change_of_defaults():
         assert made.config.lambda_mode in made.name or "adv" not in made.name
 
 
+@pytest.mark.parametrize("change", [
+    {"steps": 4}, {"lr": 0.5}, {"clip_samples": True}, {"data_dir": "other.npz"}, {"seed": 7},
+    {"lam": 0.9}, {"batch_size": 2},
+])
+def test_what_decides_an_arm_changes_its_key(arm, change):
+    """Else a study would show the cached numbers of another run as its own."""
+    assert replace(arm, config=replace(arm.config, **change)).key != arm.key
+    assert replace(arm, samples=41).key != arm.key != replace(arm, sampler="ddpm").key
+
+
+def test_bookkeeping_leaves_the_key(arm):
+    config = replace(arm.config, log_every=7, out="elsewhere", num_samples=3)
+    assert replace(arm, config=config).key == arm.key
+
+
 def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     """The second call trains nothing and says the same."""
     arms = subspace.arms

@@ -52,10 +52,9 @@ class Arm:
     def key(self) -> str:
         """Name of the arm's files: what it is, and a hash of everything that decides it."""
         # Not what a resumed run may change, such as logging: that leaves the weights as they are.
-        config = {k: v for k, v in self.config.to_dict().items() if k not in CHANGEABLE}
-        deciding = {"steps": self.config.steps, "lr": self.config.lr}
-        deciding |= {"clip_samples": self.config.clip_samples}
-        values = {**dataclasses.asdict(self), "config": config | deciding,
+        bookkeeping = set(CHANGEABLE) - {"steps", "lr", "clip_samples", "data_dir"}
+        config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
+        values = {**dataclasses.asdict(self), "config": config,
                   "make_data": self.make_data.__qualname__}
         digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
         name = self.name.replace(" ", "-").replace("(", "").replace(")", "").replace("/", "-")
