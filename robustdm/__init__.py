@@ -14,6 +14,7 @@ _HOMES = {
     "Objective": "robustdm.objectives",
     "Draw": "robustdm.objectives",
     "Loss": "robustdm.objectives",
+    "ResidentBatch": "robustdm.resident",
     "TrainConfig": "robustdm.training.config",
     "load_run": "robustdm.training.run",
     "load_data": "robustdm.data",

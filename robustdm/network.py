@@ -17,7 +17,7 @@ def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
         t: (B,) int64 timesteps.
 
     Returns:
-        (B, C, ...) in x's dtype.
+        (B, C, ...) in the dtype that the model computes in.
 
     Raises:
         UsageError: if the prediction does not have x's shape.
@@ -31,4 +31,4 @@ def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
             f"the model predicts noise of shape {tuple(eps.shape)} for samples of shape "
             f"{tuple(x.shape)}: it must predict the noise, shaped like its input"
         )
-    return eps.to(x.dtype)
+    return eps

@@ -14,20 +14,20 @@ o' - o - delta = -(sqrt(abar_t) / s) (x0_hat' - x0_hat).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from robustdm import random
+from robustdm import ops, random, reference
+from robustdm.device import to_device
 from robustdm.errors import UsageError
 from robustdm.network import predict_noise
 from robustdm.perturbation import Perturbation
 from robustdm.random import Stream
+from robustdm.resident import ResidentBatch
 from robustdm.schedule import NoiseSchedule, expand
 
 OBJECTIVES = ("ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran")
@@ -37,47 +37,52 @@ OBJECTIVES = ("ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran")
 class Draw:
     """Every random number of one training step, a pure function of (seed, step, sample index).
 
+    The noise itself is not stored: `eps` and `delta` make it when asked, as the fused ops do.
+
     Attributes:
         t: (B,) int64 timesteps.
         beta: (B,) float64 factor of the radius.
-        radius: (B,) radius of the l-inf ball, eps-units, in the batch's dtype.
+        signal, noise: (B,) sqrt(abar_t) and sqrt(1 - abar_t), in float32 at least.
+        radius: (B,) radius of the l-inf ball, eps-units, as wide; its values are rounded to the
+            batch's dtype, so that perturbations stay in the ball whatever the precision.
+        lambda_t: (B,) weight of the regulariser, as wide; that of the objective that drew.
+        key: (3,) int64 on the device: seed, step, first_index.
         seed, step, first_index: what the numbers were drawn from.
+        shape, dtype: of the batch.
     """
 
     t: Tensor
     beta: Tensor
+    signal: Tensor
+    noise: Tensor
     radius: Tensor
+    lambda_t: Tensor
+    key: Tensor
     seed: int
     step: int
     first_index: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @cached_property
-    def _noise(self) -> tuple[Tensor, Tensor]:
-        index = random.element_index(self.first_index, self.shape, self.t.device)
-        w0, w1, w2, _ = random.philox(self.seed, self.step, index, Stream.ELEMENT)
-        # Half precision cannot hold a 23-bit uniform: `delta` is rounded once, when it is scaled.
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return random.normal(w0, w1, self.dtype), random.signed_uniform(w2, wide)
-
     @property
     def eps(self) -> Tensor:
         """Standard normal noise, (B, ...)."""
-        return self._noise[0]
+        return random.element_noise(self.key, self.shape, self.radius.dtype)[0].to(self.dtype)
 
-    @cached_property
+    @property
     def delta(self) -> Tensor:
         """The random start, uniform in the l-inf ball of radius r: (B, ...), eps-units."""
-        unit = self._noise[1]
+        # Half precision cannot hold a 23-bit uniform: rounded once, when it is scaled.
+        unit = random.element_noise(self.key, self.shape, self.radius.dtype)[1]
         return (unit * expand(self.radius, unit)).to(self.dtype)
 
-    @cached_property
+    @property
     def dropout_seed(self) -> int:
         """Seed of the generator that dropout draws from in the first pass of the step."""
-        index = torch.tensor([self.first_index])
-        high, low, _, _ = random.philox(self.seed, self.step, index, Stream.DROPOUT)
-        return (int(high) >> 1) << 32 | int(low)
+        high, low, _, _ = random.philox_int(
+            self.seed, self.step, self.first_index, Stream.DROPOUT
+        )
+        return (high >> 1) << 32 | low
 
 
 @dataclass(frozen=True)
@@ -85,20 +90,28 @@ class Loss:
     """What one step computed.
 
     Attributes:
-        total: scalar, ``(fit + reg).mean()``; carries the gradient.
+        total: scalar, ``(fit + reg).mean()``; it alone carries a gradient.
         fit: (B,) mean squared error of the noise prediction, per sample.
         reg: (B,) regulariser, lambda_t included, per sample; zeros for "ddpm".
-        delta: (B, ...) the perturbation used, eps-units; None for "ddpm".
         xt: (B, ...) the diffused batch.
         x_adv: (B, ...) the perturbed batch x_t + s delta; None for "ddpm".
+        draw: the random numbers it was computed from.
     """
 
     total: Tensor
     fit: Tensor
     reg: Tensor
-    delta: Tensor | None
     xt: Tensor
     x_adv: Tensor | None
+    draw: Draw
+    _delta: Tensor | None = None
+
+    @property
+    def delta(self) -> Tensor | None:
+        """(B, ...) the perturbation used, eps-units; None for "ddpm"."""
+        if self.x_adv is None:
+            return None
+        return self.draw.delta if self._delta is None else self._delta
 
 
 class Objective:
@@ -111,7 +124,7 @@ class Objective:
             random start pushed outwards by one step, without a network gradient).
         schedule: the noise schedule.
         perturbation: radius and weight; the paper's defaults if None.
-        backend: "auto" or "torch".
+        backend: what runs the fused ops: "auto", "torch", "cpp" or "triton"; see `robustdm.ops`.
         beta_per: draw the factor b once per "sample" or per "batch".
         detach_clean: stop the regulariser's gradient through the clean prediction.
         share_dropout: use one dropout mask for all forward passes of a step; independent masks
@@ -140,7 +153,7 @@ class Objective:
     ):
         for field, value, choices in (
             ("objective", name, OBJECTIVES),
-            ("backend", backend, ("auto", "torch")),
+            ("backend", backend, ops.BACKENDS),
             ("beta_per", beta_per, ("sample", "batch")),
             ("attack", attack, ("output", "equivariance")),
         ):
@@ -157,8 +170,12 @@ class Objective:
         self.share_dropout = share_dropout
         self.lambda_max = lambda_max
         self.attack = attack
+        self._tables: dict[torch.device, Tensor] = {}
 
-    def draw(self, x0: Tensor, *, seed: int, step: int, first_index: int = 0) -> Draw:
+    def draw(
+        self, x0: Tensor | ResidentBatch, *, seed: int, step: int, first_index: int = 0,
+        t: Tensor | None = None,
+    ) -> Draw:
         """Draw a step's random numbers.
 
         Args:
@@ -167,29 +184,42 @@ class Objective:
             step: number of the optimizer step, 0 to 2**32 - 1.
             first_index: place of the first sample in the step's whole batch, so that a batch in
                 several pieces (accumulation, ranks) draws what one piece would.
+            t: (B,) int64 timesteps that replace the drawn ones.
 
         Raises:
             UsageError: if x0 is not a batch of floating-point numbers.
         """
-        if x0.ndim < 1 or not x0.is_floating_point():
+        shape, dtype = tuple(x0.shape), x0.dtype
+        if not shape or not dtype.is_floating_point:
             raise UsageError(
-                f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: pass a floating-point batch (B, ...)"
+                f"x0 is {dtype} of shape {shape}: pass a floating-point batch (B, ...), or a "
+                "ResidentBatch of uint8 images"
             )
-        index = torch.arange(first_index, first_index + len(x0), device=x0.device)
-        w0, w1, _, _ = random.philox(seed, step, index, Stream.SAMPLE)
-        t = (w0 * len(self.schedule)) >> 32
-        if self.beta_per == "batch":
-            one = torch.zeros(1, dtype=torch.int64, device=x0.device)
-            w1 = random.philox(seed, step, one, Stream.BATCH)[1].expand(len(x0))
-        low, high = self.perturbation.beta_range
-        beta = low + (high - low) * random.uniform(w1, torch.float64)
-        radius = self.perturbation.radius(self.schedule, t, beta)
-        # The radius is rounded to the batch's dtype before any use: products with a number below
-        # one then never round to outside the ball, whatever the precision.
-        radius = radius.to(x0.dtype)
-        return Draw(t, beta, radius, seed, step, first_index, tuple(x0.shape), x0.dtype)
+        random.check_word("seed", seed)
+        random.check_word("step", step)
+        key = to_device(torch.tensor([seed, step, first_index]), x0.device)
+        tables, pert = self._device_tables(x0.device), self.perturbation
+        fixed = (pert.gamma, pert.lam, pert.lambda_mode)
+        drawn, beta, *scales = ops.draw_samples(
+            key, tables, shape[0], dtype, *fixed, *pert.beta_range, self.lambda_max,
+            self.beta_per == "batch", self.backend,
+        )
+        if t is not None:
+            scales = reference.scales(tables, t, beta, dtype, *fixed, self.lambda_max)
+        t = drawn if t is None else t
+        return Draw(t, beta, *scales, key, seed, step, first_index, shape, dtype)
 
-    def __call__(self, model: Callable[[Tensor, Tensor], Tensor], x0: Tensor, draw: Draw) -> Loss:
+    def _device_tables(self, device: torch.device) -> Tensor:
+        """(3, T) float64: sqrt(abar), s and s**(omega - 1), copied to a device once."""
+        if device not in self._tables:
+            s = self.schedule.sqrt_one_minus_alphas_cumprod
+            rows = (self.schedule.sqrt_alphas_cumprod, s, s ** (self.perturbation.omega - 1))
+            self._tables[device] = torch.stack(rows).to(device)
+        return self._tables[device]
+
+    def __call__(
+        self, model: Callable[[Tensor, Tensor], Tensor], x0: Tensor | ResidentBatch, draw: Draw
+    ) -> Loss:
         """Compute the loss of one step.
 
         Args:
@@ -203,73 +233,70 @@ class Objective:
         """
         if draw.shape != tuple(x0.shape):
             raise UsageError(f"draw has shape {draw.shape}, x0 {tuple(x0.shape)}: draw from x0")
-        t, eps = draw.t, draw.eps
-        s = self.schedule.at("sqrt_one_minus_alphas_cumprod", t, x0)
-        xt = self.schedule.q_sample(x0, t, eps)
+        xt, x_ran = self._perturb(x0, draw)
         passes = itertools.count()
 
         def predict(x: Tensor) -> Tensor:
             number = next(passes)
             with seeded(draw.dropout_seed + (0 if self.share_dropout else number), x.device):
-                return predict_noise(model, x, t)
+                return predict_noise(model, x, draw.t)
 
         clean = predict(xt)
-        fit = mean_flat((clean - eps) ** 2)
         if self.name == "ddpm":
-            return Loss(fit.mean(), fit, torch.zeros_like(fit), None, xt, None)
-
+            return self._loss(clean, None, None, xt, None, draw)
+        delta, x_adv = None, x_ran
         if self.name in ("robust_adv", "invariance"):
             with no_weight_gradients(model):
-                delta = self._attack(predict, xt, s, clean.detach(), draw)
+                gradient = self._attack(predict, x_ran, clean.detach(), draw)
+            x_adv, delta = self._project(xt, gradient, draw)
         elif self.name == "outward_ran":
-            delta = project_step(draw.delta, draw.delta, draw.radius)
-        else:
-            delta = draw.delta
-        x_adv = xt + s * delta
-        anchor = clean.detach() if self.detach_clean else clean
-        residual = predict(x_adv) - anchor
-        if self.name != "invariance":
-            residual = residual - delta
-        lambda_t = self.perturbation.lambda_t(self.schedule, t, draw.beta)
-        if self.lambda_max is not None:
-            lambda_t = lambda_t.clamp(max=self.lambda_max)
-        reg = lambda_t.to(fit.dtype) * mean_flat(residual**2)
-        return Loss((fit + reg).mean(), fit, reg, delta, xt, x_adv)
+            x_adv, delta = self._project(xt, None, draw)
+        return self._loss(clean, predict(x_adv), delta, xt, x_adv, draw)
+
+    def _perturb(self, x0: Tensor | ResidentBatch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """x_t and the random start x_t + s delta_ran (Eq. 7)."""
+        scales = draw.signal, draw.noise, draw.radius, draw.key
+        if isinstance(x0, Tensor):
+            return ops.noise_perturb(x0, *scales, backend=self.backend)
+        return ops.noise_perturb_resident(
+            x0.data, x0.items, *scales, dtype=x0.dtype, flip=x0.flip,
+            corrupt_fraction=x0.corrupt_fraction, corrupt_sigma=x0.corrupt_sigma,
+            corrupt_seed=x0.corrupt_seed, backend=self.backend,
+        )
 
     def _attack(
-        self, predict: Callable[[Tensor], Tensor], xt: Tensor, s: Tensor, clean: Tensor, draw: Draw
+        self, predict: Callable[[Tensor], Tensor], x_ran: Tensor, clean: Tensor, draw: Draw
     ) -> Tensor:
-        """One projected sign-gradient step from the random start (Eq. 8)."""
-        start = draw.delta.clone().requires_grad_()
+        """Gradient, up to a positive factor, of the attacked distance at the random start."""
+        x = x_ran.detach().requires_grad_()
         with torch.enable_grad():
-            change = predict(xt + s * start) - clean
+            out = predict(x)
+            change = (out - clean).detach()
             if self.attack == "equivariance":
-                change = change - start
-            # Summed, not averaged: only the sign matters, and a mean could underflow in half.
-            (gradient,) = torch.autograd.grad((change**2).sum(), start)
-        return project_step(draw.delta, gradient, draw.radius)
+                change = change - draw.delta
+            (gradient,) = torch.autograd.grad(out, x, change.to(out.dtype))
+        if self.attack == "equivariance":  # delta also stands in the residual itself
+            gradient = expand(draw.noise, gradient) * gradient - change
+        return gradient
 
+    def _project(
+        self, xt: Tensor, gradient: Tensor | None, draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """The projected sign-gradient step (Eq. 8)."""
+        return ops.fgsm_project(
+            xt, gradient, draw.noise, draw.radius, draw.key, backend=self.backend
+        )
 
-def project_step(start: Tensor, direction: Tensor, radius: Tensor) -> Tensor:
-    """Step from ``start`` by r / sqrt3 along a sign, and clamp to the ball.
-
-    Args:
-        start: (B, ...) perturbation, eps-units.
-        direction: (B, ...) gradient; where it is zero nothing moves.
-        radius: (B,) radius of the l-inf ball.
-
-    Source: Briglia et al. 2026, Eq. 8.
-    """
-    r = expand(radius, start)
-    moved = start + (r / math.sqrt(3)) * direction.sign()
-    return torch.minimum(torch.maximum(moved, -r), r)
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over everything but the first dimension: (B, ...) -> (B,), at least in float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Not flatten(1), which would copy a channels-last tensor.
-    return x.mean(tuple(range(1, x.ndim))) if x.ndim > 1 else x
+    def _loss(
+        self, clean: Tensor, adv: Tensor | None, delta: Tensor | None, xt: Tensor,
+        x_adv: Tensor | None, draw: Draw,
+    ) -> Loss:
+        total, fit, reg = ops.equivariance_loss(
+            clean, adv, delta, draw.radius, draw.lambda_t, draw.key, dtype=draw.dtype,
+            invariance=self.name == "invariance", detach_clean=self.detach_clean,
+            backend=self.backend,
+        )
+        return Loss(total, fit, reg, xt, x_adv, draw, delta)
 
 
 @contextmanager

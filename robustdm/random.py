@@ -11,7 +11,9 @@ Key and counter of the generator::
 
 On the same key and counter the words equal ``tl.philox(seed + (step << 32), *counter)`` bit for
 bit. ``index`` is a global element index, ``(first_index + sample) * numel + element``, for the
-streams that draw per element, and a global sample index for those that draw per sample.
+streams that draw per element, and a global sample index for those that draw per sample. A training
+step's own noise (`Stream.ELEMENT`) and the dropout masks cost less than a call per element: see
+`element_noise` and `dropout_mask`.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -25,7 +27,8 @@ from torch import Tensor
 from robustdm.errors import UsageError
 
 # Part of every checkpoint: a run may only be resumed under the layout it was started with.
-LAYOUT_VERSION = 1
+# 2: ELEMENT draws for pairs of elements, in channels-last order; DROPOUT_MASK is new.
+LAYOUT_VERSION = 2
 
 WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -36,7 +39,7 @@ _ROUNDS = 10
 class Stream(IntEnum):
     """What a counter is used for. Numbers are part of the layout: never reuse or renumber."""
 
-    ELEMENT = 0  # per element of a training step: words 0, 1 -> eps; word 2 -> delta_ran
+    ELEMENT = 0  # per pair of elements of a training step: words 0, 1 -> eps; 2, 3 -> delta_ran
     SAMPLE = 1  # per sample of a training step: word 0 -> t; word 1 -> beta
     BATCH = 2  # per training step, index 0: word 1 -> the beta shared by the batch
     DROPOUT = 3  # per (micro-)batch, index = first sample: words 0, 1 -> seed of the generator
@@ -47,6 +50,7 @@ class Stream(IntEnum):
     SYNTHETIC = 8  # key (seed, 0), per element of a synthetic data set
     SAMPLER_INIT = 9  # key (seed, 0), per element of the generated samples: x_T
     SAMPLER_STEP = 10  # key (seed, timestep), per element of the generated samples: z
+    DROPOUT_MASK = 11  # + 256 * layer; per 8 channels of an activation: 16 bits -> kept or dropped
 
 
 def check_word(name: str, value: int) -> int:
@@ -57,13 +61,13 @@ def check_word(name: str, value: int) -> int:
 
 
 def philox(
-    seed: int, step: int, index: Tensor, stream: int, layout: int = LAYOUT_VERSION
+    seed: int | Tensor, step: int | Tensor, index: Tensor, stream: int, layout: int = LAYOUT_VERSION
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four independent 32-bit words for every index.
 
     Args:
-        seed: first key word, 0 to 2**32 - 1.
-        step: second key word, 0 to 2**32 - 1.
+        seed: first key word, 0 to 2**32 - 1; an int64 scalar tensor is trusted to be in range.
+        step: second key word, likewise.
         index: (...) int64, the low and high counter words.
         stream: third counter word.
         layout: fourth counter word.
@@ -71,7 +75,8 @@ def philox(
     Returns:
         Four int64 tensors shaped like ``index``, with values 0 to 2**32 - 1.
     """
-    k0, k1 = check_word("seed", seed), check_word("step", step)
+    k0 = seed if isinstance(seed, Tensor) else check_word("seed", seed)
+    k1 = step if isinstance(step, Tensor) else check_word("step", step)
     c0, c1 = index & WORD, (index >> 32) & WORD
     c2, c3 = torch.full_like(index, int(stream)), torch.full_like(index, int(layout))
     for _ in range(_ROUNDS):
@@ -80,6 +85,19 @@ def philox(
         c0 = (p1 >> 32).bitwise_and_(WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (p0 >> 32).bitwise_and_(WORD).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = p1.bitwise_and_(WORD), p0.bitwise_and_(WORD)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def philox_int(
+    seed: int, step: int, index: int, stream: int, layout: int = LAYOUT_VERSION
+) -> tuple[int, int, int, int]:
+    """`philox` of one index in Python integers: for a single number, without a hundred launches."""
+    k0, k1 = check_word("seed", seed), check_word("step", step)
+    c0, c1, c2, c3 = index & WORD, (index >> 32) & WORD, int(stream), int(layout)
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & WORD, (p0 >> 32) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
     return c0, c1, c2, c3
 
@@ -103,6 +121,78 @@ def normal(word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32) -> 
     u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
     angle = (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
     return u.log_().mul_(-2).sqrt_().mul_(angle.cos_()).to(dtype)
+
+
+def normal_pair(
+    word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two words: both halves of Box-Muller.
+
+    Computed in float32 at least and rounded to ``dtype`` once: half precision holds no 2**-33.
+    """
+    work = torch.promote_types(dtype, torch.float32)
+    u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
+    angle = (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
+    length = u.log_().mul_(-2).sqrt_()
+    return (length * angle.cos()).to(dtype), length.mul_(angle.sin_()).to(dtype)
+
+
+def element_noise(
+    key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The noise of one training step: a normal and a signed uniform number for every element.
+
+    Elements are counted in channels-last order, ``spatial * C + channel``, whatever the memory
+    format; call k of a sample serves its elements 2 k (cosine half, word 2) and 2 k + 1 (sine half,
+    word 3), so that a kernel needs half a call per element.
+
+    Args:
+        key: (3,) int64 on the device to draw on: seed, step, global index of the first sample.
+        shape: (B, C, *spatial), (B, D) or (B,).
+        dtype: floating-point type of the numbers, float32 or wider.
+
+    Returns:
+        eps and the uniform in (-1, 1), both of ``shape``; for images with channels-last strides.
+    """
+    numel = math.prod(shape[1:])
+    pairs = (numel + 1) // 2
+    index = torch.arange(shape[0] * pairs, device=key.device) + key[2] * pairs
+    w0, w1, w2, w3 = philox(key[0], key[1], index, Stream.ELEMENT)
+    channels_last = (shape[0], *shape[2:], *shape[1:2])
+
+    def place(even: Tensor, odd: Tensor) -> Tensor:
+        flat = torch.stack((even, odd), 1).view(shape[0], 2 * pairs)[:, :numel]
+        return flat.reshape(channels_last).movedim(-1, min(1, len(shape) - 1))
+
+    uniforms = (signed_uniform(word, dtype) for word in (w2, w3))
+    return place(*normal_pair(w0, w1, dtype)), place(*uniforms)
+
+
+def dropout_mask(key: Tensor, shape: tuple[int, ...], layer: int, rate: float) -> Tensor:
+    """Which elements of an activation survive dropout: True with probability 1 - rate.
+
+    One call serves eight channels: element (n, c, s) takes 16 bits of word (c % 8) // 2, the lower
+    half for even c, of call ``((first_index + n) * S + s) * ceil(C / 8) + c // 8``, and survives if
+    they are at least round(65536 * rate).
+
+    Args:
+        key: (3,) int64: seed, step, global index of the first sample.
+        shape: (B, C, *spatial) of the activation.
+        layer: number of the layer, so that each has masks of its own.
+        rate: probability of being dropped, from 0 to below 1.
+
+    Returns:
+        (B, C, *spatial) bool, with channels-last strides.
+    """
+    batch, channels, *spatial = shape
+    calls = (channels + 7) // 8
+    sites = batch * math.prod(spatial) * calls
+    index = torch.arange(sites, device=key.device) + key[2] * math.prod(spatial) * calls
+    words = philox(key[0], key[1], index, Stream.DROPOUT_MASK + 256 * layer)
+    bits = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], 1)
+    kept = bits >= round(65536 * rate)
+    kept = kept.view(batch, *spatial, 8 * calls)[..., :channels]
+    return kept.movedim(-1, 1)
 
 
 def element_index(first_index: int, shape: tuple[int, ...], device=None) -> Tensor:

@@ -259,7 +259,7 @@ def sample(
                 if trajectory is not None:
                     trajectory(timestep, numbers, x)
                 t = torch.full((count,), timestep, device=device)
-                eps = predict_noise(model, x, t)
+                eps = predict_noise(model, x, t).to(dtype)
                 z = None
                 if needs_noise and k < len(chain) - 1:
                     z = noise(timestep, numbers).to(device, dtype)

@@ -1,7 +1,38 @@
 """What all tests share."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Tensors here are tiny: threads would only wait for each other, and badly so on a busy machine.
 # Set before torch loads, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Triton decides when a kernel's file is loaded whether it compiles or interprets it.
+HAS_GPU = Path("/dev/nvidiactl").exists()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+# Relative error ||out - ref|| / ||ref|| of a kernel against the float64 reference. The interpreter
+# truncates bfloat16 where a GPU rounds.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 4e-3 if HAS_GPU else 2**-7,
+    torch.float16: 1e-3,
+}
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||; NaN never passes a comparison with it."""
+    out, reference = out.detach().double().cpu(), reference.detach().double().cpu()
+    return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -32,13 +32,9 @@ def solved(objective, t, batch=300_000):
     A network w x shifts its output by w s delta; the attack's sign is that of delta, so for
     robust_adv the perturbation is the outward one.
     """
-    fixed = NoiseSchedule(SCHEDULE.betas)
     g = torch.Generator().manual_seed(0)
     x0 = VARIANCE**0.5 * torch.randn(batch, 1, generator=g, dtype=torch.float64)
-    draw = objective.draw(x0, seed=0, step=0)
-    draw.t.fill_(t)
-    radius = objective.perturbation.radius(fixed, draw.t, draw.beta)
-    draw.radius.copy_(radius)  # of the one timestep
+    draw = objective.draw(x0, seed=0, step=0, t=torch.full((batch,), t))
     points = {}
     for w in (0.0, 1.0):
         weight = torch.tensor(w, dtype=torch.float64, requires_grad=True)

@@ -68,11 +68,16 @@ LAYERS = {
     # module -> what of robustdm it may import (prefixes)
     "errors": (), "random": ("errors",), "schedule": ("errors",),
     "perturbation": ("errors", "schedule"),
-    "network": ("errors",),
-    "objectives": ("errors", "random", "schedule", "perturbation", "network"),
+    "network": ("errors",), "device": (),
+    "reference": ("random",), "resident": ("reference",), "native": ("errors", "reference"),
+    "ops": ("errors", "reference", "native", "random"),
+    "kernels": (),
+    "objectives": ("errors", "random", "schedule", "perturbation", "network", "device",
+                   "reference", "resident", "ops"),
     "sampling": ("errors", "random", "schedule", "network"),
     "metrics": ("random",),
-    "data": ("errors", "random", "metrics", "training.config", "data"),
+    "data": ("errors", "random", "metrics", "device", "resident", "training.config",
+             "data"),
     "models": ("errors", "models", "training.config"),
 }
 ENTRY_POINTS = ("train", "sample", "reproduce")

@@ -349,7 +349,7 @@ def test_network_outputs_of_every_form():
 
     assert torch.equal(predict_noise(lambda x, t: Output(), x, t), 2 * x)
     assert torch.equal(predict_noise(lambda x, t: torch.cat([x, 5 * x], 1), x, t), x)
-    assert predict_noise(lambda x, t: x.double(), x, t).dtype == torch.float32
+    assert predict_noise(lambda x, t: x.bfloat16(), x, t).dtype == torch.bfloat16
     with pytest.raises(UsageError, match=r"\(2, 1, 4, 4\)"):
         predict_noise(lambda x, t: x[:, :1], x, t)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from robustdm.data.points import GaussiansData, PlaneData, PointData
 from robustdm.data.subspace import SubspaceData, principal_components
 from robustdm.errors import UsageError
 from robustdm.random import Stream, philox, shuffled, uniform
+from robustdm.resident import ResidentBatch
 
 if TYPE_CHECKING:
     from robustdm.training.config import TrainConfig
@@ -112,16 +114,19 @@ def _order(size: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]
 
 def batches(
     data: Data, config: TrainConfig, start_step: int, device: torch.device | str
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
     """The endless training stream from a step on; a pure function of the step.
 
     Yields:
-        x (batch_size, *shape) float32 on the device, and its indices (batch_size,) int64 on the
-        host. A streamed image that cannot be read is replaced by the next one, in both.
+        x (batch_size, *shape) float32 on the device, or images that lie there as uint8; and its
+        indices (batch_size,) int64 on the host. A streamed image that cannot be read is replaced by
+        the next one, in both.
     """
     order = _order(len(data), config.batch_size, config.seed, start_step)
     for step, (x, indices) in enumerate(data.stream(order, device, config.workers), start_step):
-        if config.flip:
+        if isinstance(x, ResidentBatch):
+            x = replace(x, flip=config.flip)
+        elif config.flip:
             sample = torch.arange(len(x), device=x.device)
             word, _, _, _ = philox(config.seed, step, sample, Stream.FLIP)
             x = torch.where((uniform(word) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from robustdm.data.corruption import Corruption
+from robustdm.device import to_device
 from robustdm.metrics import noise_level
 from robustdm.random import WORD, shuffled
+from robustdm.resident import ResidentBatch
 
 # Sets up to this many elements (16 MiB as float32) are corrupted once instead of in every batch.
 _PRECOMPUTE_ELEMENTS = 4 * 2**20
@@ -87,7 +89,7 @@ class Data:
 
     def stream(
         self, order: Iterator[Tensor], device: torch.device | str, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
         """Yield (batch, indices) for every index tensor of an endless ``order``."""
         for indices in order:
             yield self.batch(indices, device), indices
@@ -199,6 +201,27 @@ class TensorData(Data):
         clean = self.clean(indices, device)
         return self.corruption(clean, to_device(items, clean.device)) if self.corruption else clean
 
+    def stream(
+        self, order: Iterator[Tensor], device: torch.device | str, workers: int
+    ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
+        device = torch.device(device)
+        if not (self.is_image and self.resident and self.observed is None
+                and self.values.dtype == torch.uint8):
+            yield from super().stream(order, device, workers)
+        for indices in order:
+            yield self.resident_batch(indices, device), indices
+
+    def resident_batch(self, indices: Tensor, device: torch.device) -> ResidentBatch:
+        """What `batch` gives, still as rows of the set on the device (uint8 images only)."""
+        if ("values", device) not in self._copies:
+            self._copies["values", device] = self.values.to(device)
+        items = to_device(self.members[indices.cpu()], device)
+        noise = self.corruption or Corruption(0.0, 0.0, 0)
+        return ResidentBatch(
+            self._copies["values", device], items, corrupt_fraction=noise.fraction,
+            corrupt_sigma=noise.sigma, corrupt_seed=noise.seed,
+        )
+
     def all_clean(self) -> Tensor:
         """(N, *shape) float32: every clean item of the whole set, the reference of measures."""
         return to_float(self.values)
@@ -207,13 +230,6 @@ class TensorData(Data):
         if self._sha256 is None:
             self._sha256 = sha256_of(self.values)
         return self._sha256
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting: an ordinary copy lets the host wait until the GPU has
-    done all that it was given before, and so leaves the GPU idle once in every step."""
-    values = values.pin_memory() if device.type == "cuda" else values
-    return values.to(device, non_blocking=True)
 
 
 def to_float(values: Tensor) -> Tensor:

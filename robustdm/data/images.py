@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.arrays import load_array, resize_array
-from robustdm.data.base import Data, TensorData, to_device, to_float
+from robustdm.data.base import Data, TensorData, to_float
 from robustdm.data.cifar import DEFAULT_DIR, URL, load_cifar
 from robustdm.data.corruption import Corruption
 from robustdm.data.decode import quiet
@@ -27,6 +27,7 @@ from robustdm.data.files import (
     scan,
     start_worker,
 )
+from robustdm.device import to_device
 from robustdm.errors import RunError, UsageError
 from robustdm.metrics import spread
 

@@ -132,6 +132,8 @@ class TrainConfig:
     """Decay of each exponential moving average of the weights; samples use the first."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the network under autocast."""
+    backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    """What runs the fused ops; `python -m robustdm.doctor` shows what auto comes to."""
     compile: bool = False
     """Compile the network with torch.compile; falls back to eager where that cannot work."""
     seed: int = 0

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from robustdm import ops
+
 
 class EMA:
     """Exponential moving average of a network's weights, kept as a network of its own.
@@ -27,41 +29,130 @@ class EMA:
         self._source = list(model.parameters())
         self._average = list(self.model.parameters())
 
+    def decay(self, step: int) -> float:
+        """The decay after optimizer step ``step`` (from 0)."""
+        return min(self.rate, (1 + step) / (10 + step))
+
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """The average of every weight."""
+        return dict(zip(self._source, self._average, strict=True))
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the weights after optimizer step ``step`` (from 0)."""
-        decay = min(self.rate, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        torch._foreach_lerp_(self._average, self._source, 1 - self.decay(step))
 
 
 class SkippingAdamW(torch.optim.AdamW):
     """AdamW that leaves weights and moments untouched when told that a gradient is not finite.
 
-    The decision is a device tensor, so a bad step costs no wait for the device.
+    The decision is a device tensor, so a bad step costs no wait for the device. Where csrc is
+    built, one pass over memory clips, steps and moves a moving average (`ops.adamw_ema`);
+    elsewhere torch's fused AdamW steps, and passes of their own clip and average.
+
+    Args:
+        model: the network.
+        lr: learning rate until `clip_and_step` names another.
+        weight_decay: decoupled weight decay.
+        ema: moving average to update with every step.
+        backend: as in `ops.adamw_ema`.
     """
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, ema: EMA | None = None,
+        backend: str = "auto",
+    ):
         super().__init__(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        first = next(model.parameters())
+        # The Triton kernels have no optimizer: who asks for them gets what is fastest here.
+        backend = "auto" if backend == "triton" else backend
+        self.backend = ops.resolve("adamw_ema", backend, first.device, first.dtype)
+        self.ema = ema
+        self._averages = {} if ema is None else ema.averages()
+        self._checked = False
 
     @torch.no_grad()
-    def clip_and_step(self, lr: float, clip_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def clip_and_step(
+        self, lr: float, clip_norm: float, loss: Tensor, step: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Clip the gradients by their total norm and step, unless loss or norm is not finite.
 
         Args:
             lr: learning rate of this step.
             clip_norm: largest norm; 0 does not clip.
             loss: scalar loss of the step.
+            step: number of the step, from 0, which decides the decay of the moving average.
 
         Returns:
             The norm before clipping, and 1.0 where the step was skipped, else 0.0 (both scalars).
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
         for group in self.param_groups:
             group["lr"] = lr
+        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
-        # The hook that gradient scalers use: a fused step does nothing where found_inf is one.
-        self.found_inf, self.grad_scale = skipped, None
-        self.step()
+        if self.backend == "cpp":
+            self._fused_pass(parameters, norm, clip_norm, skipped, step)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
+            # What gradient scalers use: a fused step does nothing where found_inf is one.
+            self.found_inf, self.grad_scale = skipped, None
+            self.step()
+            if self.ema is not None:
+                self.ema.update(step)
         self.zero_grad(set_to_none=True)
         return norm, skipped
+
+    def _fused_pass(
+        self, parameters: list[Tensor], norm: Tensor, clip_norm: float, skipped: Tensor, step: int
+    ) -> None:
+        group = self.param_groups[0]
+        count = self._count(parameters)
+        count += 1 - skipped  # a skipped step is none: the bias corrections do not count it
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1) if clip_norm else torch.ones_like(norm)
+        decay = 0.0 if self.ema is None else self.ema.decay(step)
+        ops.adamw_ema(
+            parameters,
+            [_laid_out_like(p.grad, p) for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [self._averages[p] for p in parameters] if self._averages else [],
+            [],
+            lr=norm.new_full((), group["lr"]),
+            step=count,
+            decay=norm.new_full((), decay),
+            factor=factor,
+            skip=skipped,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            tiny=group["eps"],
+            weight_decay=group["weight_decay"],
+            backend=self.backend,
+            check=not self._checked,
+        )
+        self._checked = True
+
+    def _count(self, parameters: list[Tensor]) -> Tensor:
+        """The number of steps done, one tensor that all parameters' states share."""
+        if parameters[0] not in self.state:
+            zero = torch.zeros((), device=parameters[0].device)
+            for p in parameters:
+                self.state[p] = {
+                    "step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
+                }
+        return self.state[parameters[0]]["step"]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._checked = False
+        if self.backend == "cpp" and self.state:
+            one = next(iter(self.state.values()))["step"]
+            for state in self.state.values():
+                state["step"] = one
+
+
+def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Autograd gives gradients the strides of their parameter, all but always."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

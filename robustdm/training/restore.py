@@ -44,7 +44,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     """
     saved = optimizer.state_dict()
     tensors = {
-        f"{number}.{key}": torch.as_tensor(value)
+        # Copied, for all parameters may share one step.
+        f"{number}.{key}": torch.as_tensor(value).clone() if key == "step" else value
         for number, entry in saved["state"].items() for key, value in entry.items()
     }
     groups = [

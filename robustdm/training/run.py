@@ -38,6 +38,7 @@ def objective_of(config: TrainConfig) -> Objective:
         config.objective,
         schedule_of(config),
         perturbation_of(config),
+        backend=config.backend,
         beta_per=config.beta_per,
         detach_clean=config.detach_clean,
         share_dropout=config.share_dropout,

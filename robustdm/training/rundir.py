@@ -46,7 +46,7 @@ CHANGEABLE = {
                     "what is written on the way"),
     **dict.fromkeys(("num_samples", "preview_steps", "clip_samples", "final_sampler",
                      "final_steps"), "the samples shown, not the training"),
-    **dict.fromkeys(("device", "compile", "accumulate", "workers", "resident_gib"),
+    **dict.fromkeys(("device", "backend", "compile", "accumulate", "workers", "resident_gib"),
                     "where and how the same step is computed: machines differ"),
     **dict.fromkeys(("data_dir", "max_bad"), "the content of the data is compared by its sha256"),
     "max_skipped": "when to give up",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.models import build_model
 from robustdm.objectives import Objective
+from robustdm.resident import ResidentBatch
 from robustdm.sampling import sample
 from robustdm.training.checkpoint import Checkpoint
 from robustdm.training.config import TrainConfig
@@ -50,7 +50,9 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.model.train()
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
-        self.optimizer = SkippingAdamW(self.model, config.lr, config.weight_decay)
+        self.optimizer = SkippingAdamW(
+            self.model, config.lr, config.weight_decay, self.emas[0], config.backend
+        )
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.step = 0
         self.elapsed = 0.0
@@ -64,7 +66,9 @@ class Trainer:
         on = self.config.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
-    def gradients(self, x0: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradients(
+        self, x0: Tensor | ResidentBatch, step: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Accumulate the gradients of a batch, computed in ``accumulate`` pieces.
 
         Every random number belongs to a sample's place in the whole batch, so the number of pieces
@@ -84,14 +88,16 @@ class Trainer:
         t, fit, reg = (torch.cat(values) for values in zip(*parts, strict=True))
         return (fit + reg).mean(), t, fit, reg
 
-    def train_step(self, x0: Tensor) -> None:
+    def train_step(self, x0: Tensor | ResidentBatch) -> None:
         """One optimizer step; skipped, and counted, if the loss or a gradient is not finite."""
-        if self.data.is_image:
+        if self.data.is_image and isinstance(x0, Tensor):
             x0 = x0.contiguous(memory_format=torch.channels_last)
         total, t, fit, reg = self.gradients(x0, self.step)
         self.lr = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        norm, skipped = self.optimizer.clip_and_step(self.lr, self.config.clip_norm, total)
-        for ema in self.emas:
+        norm, skipped = self.optimizer.clip_and_step(
+            self.lr, self.config.clip_norm, total, self.step
+        )
+        for ema in self.emas[1:]:  # the optimizer updates the first
             ema.update(self.step)
         self.step += 1
         self._record(t, fit, reg, norm, skipped)
@@ -143,9 +149,9 @@ class Trainer:
         losses = []
         for first, piece in zip(range(0, len(x0), 64), x0.split(64), strict=True):
             draw = plain.draw(
-                piece, seed=self.config.seed, step=PROBE_STEP, first_index=first
+                piece, seed=self.config.seed, step=PROBE_STEP, first_index=first,
+                t=times[first : first + len(piece)],
             )
-            draw = replace(draw, t=times[first : first + len(piece)])
             with self.autocast():
                 losses.append(plain(self.emas[0].model, piece, draw).fit)
         return torch.cat(losses).mean().item()

@@ -1,0 +1,306 @@
+"""Compile every Triton kernel for GPUs that this machine does not have, and print what it takes.
+
+    python tests/cubins.py [--slow] [--only WORD] [--json FILE] [--keep FOLDER]
+
+The launch functions run on tensors of the "meta" device with each kernel replaced by a recorder;
+what they would have launched is compiled as Triton's own launcher would have it: types of pointers,
+integers that are one or divisible by 16, constants, number of warps. TRITON_INTERPRET must be off.
+To add a kernel module, add a line to MODULES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="cubins-"))
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached kernel has no log
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+    torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.bool: "*i1",
+}
+CIFAR, LSUN, POINTS = (128, 3, 32, 32), (32, 3, 256, 256), (4096, 3)
+
+# What a case is: its name, whether it is in the default run, and a call of a launch function.
+Case = tuple[str, bool, Callable[[], Any]]
+
+
+def images(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
+
+
+def vectors(batch: int) -> torch.Tensor:
+    return torch.empty(batch, device="meta")
+
+
+KEY = torch.empty(3, dtype=torch.int64, device="meta")
+# The default run has the format and size of training; other layouts and small sizes are slow.
+LAYOUTS = (
+    ("32px", CIFAR, True, False), ("256px", LSUN, True, True), ("256px-nchw", LSUN, False, False),
+    ("points", POINTS, False, False),
+)
+
+
+def draw_samples(module, dtype: torch.dtype) -> Iterator[Case]:
+    tables = torch.empty(3, 1000, dtype=torch.float64, device="meta")
+    for mode, bound, shared in (("ray", None, False), ("x", 5.0, True)):
+        yield mode, mode == "ray", lambda mode=mode, bound=bound, shared=shared: (
+            module.draw_samples(KEY, tables, 128, dtype, 1.0, 0.3, mode, 0.5, 2.0, bound, shared)
+        )
+
+
+def noise_perturb(module, dtype: torch.dtype) -> Iterator[Case]:
+    for name, shape, layout, default in LAYOUTS:
+        v = vectors(shape[0])
+        yield name, default, lambda shape=shape, layout=layout, v=v: (
+            module.noise_perturb(images(shape, dtype, layout), v, v, v, KEY, dtype)
+        )
+    half = dtype != torch.float32
+    yield "256px-from-fp32", half, lambda: (
+        module.noise_perturb(images(LSUN, torch.float32), *[vectors(32)] * 3, KEY, dtype)
+    )
+    items, v = torch.empty(32, dtype=torch.int64, device="meta"), vectors(32)
+    for layout in (True, False):
+        data = images((1000, 3, 256, 256), torch.uint8, layout)
+        for flip, fraction in ((True, 0.9), (False, 0.0)):
+            name = f"u8-{'nhwc' if layout else 'nchw'}{'-flip-corrupt' if flip else ''}"
+            yield name, layout == flip, lambda data=data, flip=flip, fraction=fraction: (
+                module.noise_perturb_resident(
+                    data, items, v, v, v, KEY, dtype, flip, fraction, 0.2, 1
+                )
+            )
+
+
+def fgsm_project(module, dtype: torch.dtype) -> Iterator[Case]:
+    for name, shape, layout, default in LAYOUTS:
+        v = vectors(shape[0])
+        for outward in (False, True):
+            def call(shape=shape, layout=layout, v=v, outward=outward):
+                x = images(shape, dtype, layout)
+                module.fgsm_project(x, None if outward else x, v, v, KEY)
+
+            yield name + ("-outward" if outward else ""), default, call
+
+
+def equivariance_loss(module, dtype: torch.dtype) -> Iterator[Case]:
+    variants = {
+        "ddpm": (False, False, False, False), "adv": (True, True, False, False),
+        "ran": (True, False, False, False), "invariance": (True, False, True, False),
+        "detach": (True, True, False, True),
+    }
+    for name, shape, layout, default in LAYOUTS:
+        v = vectors(shape[0])
+        for variant, (adversarial, stored, invariance, detach) in variants.items():
+            def call(shape=shape, layout=layout, v=v, adversarial=adversarial, stored=stored,
+                     invariance=invariance, detach=detach):
+                x = images(shape, dtype, layout)
+                module.equivariance_loss(
+                    x, x if adversarial else None, x if stored else None, v, v, KEY, dtype,
+                    invariance, detach,
+                )
+
+            yield f"{name}-{variant}", default, call
+
+
+def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
+    for name, shape, default in (
+        ("128x32x32", (128, 128, 32, 32), True), ("384x16x16", (128, 384, 16, 16), False),
+        ("512x8x8", (128, 512, 8, 8), False), ("128x256x256", (32, 128, 256, 256), True),
+    ):
+        batch, channels = shape[:2]
+        w, a = vectors(channels), torch.empty(batch, channels, dtype=dtype, device="meta")
+        stats = torch.empty(batch, 32, device="meta")
+
+        def forward(full, shape=shape, w=w, a=a):
+            x = images(shape, dtype)
+            module.group_norm_act_forward(
+                x, 32, w, w, *([a, a, a, x] if full else [None] * 4), True, 0.1 * full, KEY, 0, 1e-5
+            )
+
+        def backward(full, shape=shape, w=w, a=a, stats=stats):
+            x = images(shape, dtype)
+            module.group_norm_act_backward(
+                x, x, stats, stats, 32, w, w, *([a, a] if full else [None] * 2), True, 0.1 * full,
+                KEY, 0, x if full else None, full,
+            )
+
+        for full in (True, False):
+            end = "-full" if full else "-plain"
+            yield f"{name}-forward{end}", default and full, lambda f=forward, n=full: f(n)
+            yield f"{name}-backward{end}", default and full, lambda f=backward, n=full: f(n)
+
+
+MODULES = {
+    "draw_samples": draw_samples,
+    "noise_perturb": noise_perturb,
+    "fgsm_project": fgsm_project,
+    "equivariance_loss": equivariance_loss,
+    "group_norm_act": group_norm_act,
+}
+
+
+class Recorder:
+    """Stands for a kernel, and notes its launches instead of making them."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append((self.kernel, grid, args, kwargs))
+
+        return launch
+
+
+def record(module, call: Callable[[], Any]) -> list:
+    """The launches (kernel, grid, args, kwargs) that ``call`` makes of a module's own kernels."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list = []
+    kernels = {k: v for k, v in vars(module).items() if isinstance(v, JITFunction)}
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        call()
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def specialise(parameter, value) -> tuple[str, int | None]:
+    """Type and divisor that Triton's launcher would find for an argument."""
+    fixed = parameter.do_not_specialize
+    if parameter.is_constexpr or value is None:
+        return "constexpr", None
+    if isinstance(value, torch.Tensor):
+        aligned = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
+        return POINTERS[value.dtype], 16 if aligned and not fixed else None
+    if isinstance(value, bool):
+        return "u1", None
+    if isinstance(value, float):
+        return "fp32", None
+    if value == 1 and not fixed:
+        return "constexpr", None
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
+    return kind, 16 if value % 16 == 0 and not fixed else None
+
+
+def compiled(launch, architecture: int):
+    """A recorded launch as a compiled kernel, and what ptxas said of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, _, args, kwargs = launch
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
+    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values.get(parameter.name, parameter.default)
+        signature[parameter.name], divisor = specialise(parameter, value)
+        if signature[parameter.name] == "constexpr":
+            constants[(i,)] = value
+        elif divisor:
+            attributes[(i,)] = [["tt.divisibility", divisor]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        result = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    return result, log.getvalue()
+
+
+def widths(ptx: str, operation: str) -> str:
+    """Bytes that single instructions move: "16x2 2x1" is two of 16 bytes and one of two."""
+    counts: dict[int, int] = {}
+    for line in re.findall(rf"\b{operation}\.global[.\w:]*", ptx):
+        vector = re.search(r"\.v([248])", line)
+        bits = int(re.search(r"\.[bfusd](\d+)$", line).group(1))
+        size = (int(vector.group(1)) if vector else 1) * bits // 8
+        counts[size] = counts.get(size, 0) + 1
+    return " ".join(f"{size}x{n}" for size, n in sorted(counts.items(), reverse=True)) or "-"
+
+
+def measure(launch, architecture: int) -> dict:
+    kernel, log = compiled(launch, architecture)
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas reported nothing on {launch[0].__name__}: {log!r}")
+    return {
+        "kernel": launch[0].__name__,
+        "arch": architecture,
+        "warps": kernel.metadata.num_warps,
+        "registers": int(registers.group(1)),
+        "spills": int(spills.group(1)) + int(spills.group(2)),
+        "shared": kernel.metadata.shared,
+        "loads": widths(kernel.asm["ptx"], "ld"),
+        "stores": widths(kernel.asm["ptx"], "st"),
+        "asm": kernel.asm,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--slow", action="store_true", help="all cases, not the chosen ones")
+    parser.add_argument("--only", default="", help="cases whose module/case name contains this")
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--keep", type=Path, help="write PTX and cubins there")
+    options = parser.parse_args()
+
+    folder = Path(__file__).resolve().parents[1] / "kernels"
+    columns = ("kernel", "arch", "warps", "registers", "spills", "shared", "loads", "stores")
+    sizes = (34, 5, 6, 10, 7, 7, 14, 14)
+    print(f"{'case':48}" + "".join(f"{c:{n}}" for c, n in zip(columns, sizes, strict=True)))
+    rows = []
+    for name, cases in MODULES.items():
+        if not (folder / f"{name}.py").exists():
+            continue
+        module = importlib.import_module(f"robustdm.kernels.{name}")
+        for kind in options.dtype:
+            for case, default, call in cases(module, DTYPES[kind]):
+                title = f"{name}/{case}/{kind}"
+                if options.only not in title or not (default or options.slow):
+                    continue
+                for launch in record(module, call):
+                    for architecture in options.arch:
+                        row = {"case": title, **measure(launch, architecture)}
+                        asm = row.pop("asm")
+                        if options.keep:
+                            stem = f"{title.replace('/', '-')}-{row['kernel']}-sm{architecture}"
+                            options.keep.mkdir(parents=True, exist_ok=True)
+                            for end in ("ptx", "ttgir"):
+                                (options.keep / f"{stem}.{end}").write_text(asm[end])
+                            (options.keep / f"{stem}.cubin").write_bytes(asm["cubin"])
+                        rows.append(row)
+                        print(f"{title:48}" + "".join(
+                            f"{row[c]!s:{n}}" for c, n in zip(columns, sizes, strict=True)
+                        ), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,613 @@
+"""The C++ backend against the reference, and how its libraries are built, found and refused."""
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustdm import native, random, reference
+
+ROOT = Path(__file__).parent.parent
+AVAILABLE, REASON = native.status()["cpu"]
+needs_library = pytest.mark.skipif(not AVAILABLE, reason=f"csrc: {REASON}")
+VARIANTS = native.LEVELS[: native.LEVELS.index(native.level()) + 1] if AVAILABLE else ("base",)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    (2, 3, 16, 17), (3, 3, 7, 5), (5,), (4, 3), (2, 1, 1, 1), (0, 3, 4, 4), (2, 3, 2, 3, 2),
+    (1, 6, 9, 9), (9, 4, 2, 2), (7, 2, 5), (2, 200, 3, 1), (70, 1, 8, 8), (1,), (2, 800),
+]
+KEY = torch.tensor([2**32 - 5, 2**31 + 3, 11])
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that an op forgets to write is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(x):
+        return x.fill_(math.nan if x.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch):
+    monkeypatch.setattr(native, "level", lambda: request.param)
+    return request.param
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def laid_out(x, last):
+    """The same values in channels-last memory, where there is such a thing."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.ndim]) if last and x.ndim in formats else x
+
+
+def batch(shape, dtype=torch.float32, last=False, count=1):
+    return [laid_out(normal(*shape, dtype=dtype, seed=i), last) for i in range(count)]
+
+
+def per_sample(count, dtype=torch.float32):
+    """signal, noise, radius, lambda; the radius holds values of the dtype."""
+    signal, noise, radius, lam = torch.rand(4, count, generator=torch.Generator().manual_seed(9))
+    return signal, noise + 0.1, (radius * 0.5).to(dtype).float(), 3 * lam
+
+
+def relative(got, wanted):
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30)) if got.numel() else 0.0
+
+
+def assert_same(got, wanted):
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+everywhere = pytest.mark.parametrize(
+    "shape, dtype, last", [(s, d, last) for s in SHAPES for d in DTYPES for last in (False, True)]
+)
+
+
+# Samples.
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["ray", "x", "std", "eps"])
+@pytest.mark.parametrize("lambda_max, per_batch", [(None, False), (1.5, False), (None, True)])
+def test_draw_samples_is_the_reference_bit_for_bit(mode, dtype, lambda_max, per_batch):
+    abar = torch.linspace(0.9999, 1e-4, 37, dtype=torch.float64)
+    s = (1 - abar).sqrt()
+    arguments = (
+        KEY, torch.stack((abar.sqrt(), s, s**-0.25)), 300, dtype, 0.1, 0.3, mode, 0.25, 1.75,
+        lambda_max, per_batch,
+    )
+    got, wanted = native.draw_samples(*arguments), reference.draw_samples(*arguments)
+    for a, b in zip(got, wanted, strict=True):
+        assert_same(a, b)
+    assert got[0].min() == 0 and got[0].max() == 36
+
+
+# Perturbation.
+
+
+@needs_library
+@everywhere
+def test_noise_perturb(shape, dtype, last):
+    (x0,) = batch(shape, dtype, last)
+    signal, noise, radius, _ = per_sample(shape[0], dtype)
+    got = native.noise_perturb(x0, signal, noise, radius, KEY, dtype)
+    wanted = reference.noise_perturb(x0, signal, noise, radius, KEY, dtype)
+    exact = reference.noise_perturb(
+        x0.double(), signal.double(), noise.double(), radius.double(), KEY, torch.float64
+    )
+    for a, b, c in zip(got, wanted, exact, strict=True):
+        assert a.dtype == dtype and a.shape == x0.shape and a.stride() == x0.stride()
+        if dtype == torch.float32:
+            assert relative(a, c) < 1e-6
+        elif a.numel():
+            # One unit of the larger of what was added: eps differs by a few ulp of float32.
+            bound = torch.finfo(dtype).eps * torch.maximum(wanted[0].abs(), b.abs()).float()
+            assert ((a.float() - b.float()).abs() <= bound).all()
+            assert (a != b).float().mean() < 0.02
+
+
+@needs_library
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eps_and_delta_are_those_of_the_stream(shape, last, variant):
+    (x0,) = batch(shape, last=last)
+    zero, one = torch.zeros(shape[0]), torch.ones(shape[0])
+    eps, unit = random.element_noise(KEY, shape)
+    got, _ = native.noise_perturb(x0, zero, one, zero, KEY, torch.float32)
+    assert not got.numel() or (got - eps).abs().max() <= 2e-6
+    # x_t = 0, so x_ran is delta_ran itself.
+    radius = per_sample(shape[0])[2]
+    _, got = native.noise_perturb(laid_out(torch.zeros(shape), last), zero, zero, radius, KEY,
+                                  torch.float32)
+    assert (got == 0).all()
+    _, got = native.fgsm_project(torch.zeros_like(x0), torch.zeros_like(x0), one, radius, KEY)
+    assert_same(got, reference._per_sample(radius, x0) * unit)
+
+
+@needs_library
+def test_every_instruction_set_gives_the_same_bits(monkeypatch):
+    x0, gradient, o, adv = batch((3, 3, 17, 9), torch.bfloat16, count=4)
+    signal, noise, radius, lam = per_sample(3, torch.bfloat16)
+    results = []
+    for name in VARIANTS:
+        monkeypatch.setattr(native, "level", lambda name=name: name)
+        results.append((
+            *native.noise_perturb(x0, signal, noise, radius, KEY, torch.float32),
+            *native.fgsm_project(x0, gradient, noise, radius, KEY),
+            *native.equivariance_loss(o, adv, None, radius, lam, KEY, torch.float16, False, False),
+        ))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same(a, b)
+
+
+@needs_library
+def test_x0_may_have_another_dtype_than_the_batch():
+    (x0,) = batch((2, 3, 5, 5), torch.float16)
+    signal, noise, radius, _ = per_sample(2, torch.bfloat16)
+    for a, b in zip(
+        native.noise_perturb(x0, signal, noise, radius, KEY, torch.bfloat16),
+        native.noise_perturb(x0.float(), signal, noise, radius, KEY, torch.bfloat16), strict=True,
+    ):
+        assert_same(a, b)
+
+
+@needs_library
+@pytest.mark.parametrize("first", [0, 2**31 - 2, 2**33 + 1])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_split_batch_is_the_whole_batch(first, last):
+    x0, gradient = batch((5, 3, 7, 11), last=last, count=2)
+    signal, noise, radius, lam = per_sample(5)
+
+    def run(rows):
+        key = torch.tensor([3, 4, first + rows.start])
+        x, g, s, n, r, la = (v[rows] for v in (x0, gradient, signal, noise, radius, lam))
+        loss = native.equivariance_loss(x, g, None, r, la, key, x.dtype, False, False)
+        return (*native.noise_perturb(x, s, n, r, key, x.dtype),
+                *native.fgsm_project(x, g, n, r, key), *loss[1:3])
+
+    whole, *parts = (run(slice(a, b)) for a, b in ((0, 5), (0, 1), (1, 4), (4, 5)))
+    for a, *b in zip(whole, *parts, strict=True):
+        assert_same(a, torch.cat(b))
+    key = torch.tensor([3, 4, first])
+    assert_same(whole[3], reference.fgsm_project(x0, gradient, noise, radius, key)[1])
+
+
+# Projection.
+
+
+@needs_library
+@everywhere
+def test_fgsm_project_is_the_reference_bit_for_bit(shape, dtype, last):
+    xt, gradient = batch(shape, dtype, last, count=2)
+    gradient[gradient.abs() < 0.2] = 0
+    _, noise, radius, _ = per_sample(shape[0], dtype)
+    for g in (gradient, gradient.float(), None):
+        got = native.fgsm_project(xt, g, noise, radius, KEY)
+        wanted = reference.fgsm_project(xt, g, noise, radius, KEY)
+        for a, b in zip(got, wanted, strict=True):
+            assert_same(a, b)
+            assert a.stride() == xt.stride()
+        if xt.numel():
+            excess = got[1].float().abs() - reference._per_sample(radius, xt)
+            assert excess.max() <= 0
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_gradient_gives_a_nan_delta_there_and_nowhere_else(dtype, variant):
+    xt, gradient = batch((2, 3, 5, 7), dtype, count=2)
+    gradient[0, 1, 2, 3], gradient[1, 2, 4, 6], gradient[1, 0, 0, 0] = math.nan, -math.nan, math.inf
+    _, noise, radius, _ = per_sample(2, dtype)
+    x_adv, delta = native.fgsm_project(xt, gradient, noise, radius, KEY)
+    assert torch.equal(delta.isnan(), gradient.isnan())
+    assert torch.equal(x_adv.isnan(), gradient.isnan())
+    other = ~gradient.isnan()
+    _, wanted = reference.fgsm_project(xt, gradient.nan_to_num(), noise, radius, KEY)
+    assert_same(delta[other], wanted[other])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_of_every_half_and_of_the_edges(dtype, variant):
+    """Stores round as torch does, at ties, overflow, subnormals and NaN; loads are exact."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    values = every.float()
+    between = (values[1:].double() + values[:-1].double()) / 2
+    values = torch.cat((values, between.float(), torch.tensor([65519.9, 65520, 3.4e38, 1e-45])))
+    one, zero = torch.ones(1), torch.zeros(1)
+    got, _ = native.noise_perturb(values[None], one, zero, zero, KEY, dtype)
+    assert_same(got[0], (values + 0.0).to(dtype))
+    back, _ = native.noise_perturb(every[None], one, zero, zero, KEY, torch.float32)
+    assert_same(back[0], every.float() + 0.0)
+
+
+# Resident images.
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("flip, fraction", [(False, 0.0), (True, 0.0), (False, 0.5), (True, 1.0)])
+@pytest.mark.parametrize("shape", [(12, 3, 20, 21), (12, 1, 3, 5), (12, 4, 7, 3)])
+def test_resident_images(shape, flip, fraction, last, dtype):
+    data = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
+    data = laid_out(data.to(torch.uint8), last)
+    items = torch.tensor([11, 0, 5, 5, 3, 2, 7])
+    signal, noise, radius, _ = per_sample(7, dtype)
+    source = (flip, fraction, 0.3, 2**32 - 2)
+    got = native.noise_perturb_resident(data, items, signal, noise, radius, KEY, dtype, *source)
+    x0 = laid_out(reference.load_resident(data, items, KEY, *source), True)
+    wanted = native.noise_perturb(x0, signal, noise, radius, KEY, dtype)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == dtype and a.is_contiguous(memory_format=torch.channels_last)
+        if fraction:
+            assert (a.double() - b.double()).abs().max() <= max(1e-6, 4 * torch.finfo(dtype).eps)
+            assert relative(a, b) < max(2e-7, torch.finfo(dtype).eps / 4)
+        else:
+            assert_same(a, b)
+
+
+@needs_library
+def test_resident_flips_and_corrupts_what_the_reference_does():
+    data = torch.randint(0, 256, (40, 3, 4, 5), dtype=torch.uint8)
+    items, one, zero = torch.arange(40), torch.ones(40), torch.zeros(40)
+    for source in ((True, 0.0, 0.0, 0), (True, 0.5, 0.2, 3)):
+        got, _ = native.noise_perturb_resident(
+            data, items, one, zero, zero, KEY, torch.float32, *source
+        )
+        wanted = reference.load_resident(data, items, KEY, *source)
+        assert (got - wanted).abs().max() <= 1e-6
+    empty = native.noise_perturb_resident(
+        data, items[:0], one[:0], one[:0], one[:0], KEY, torch.float32, True, 0.5, 0.2, 3
+    )
+    assert [x.shape for x in empty] == [(0, 3, 4, 5)] * 2
+
+
+@needs_library
+def test_an_error_of_the_library_is_an_exception():
+    one = torch.ones(1)
+    with pytest.raises(RuntimeError, match="noise_perturb_resident: images of more than 192"):
+        native.noise_perturb_resident(
+            torch.zeros(1, 193, 1, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), one,
+            one, one, KEY, torch.float32, False, 0.0, 0.0, 0,
+        )
+
+
+# The loss.
+
+
+@needs_library
+@everywhere
+def test_equivariance_loss(shape, dtype, last):
+    o, adv, delta = batch(shape, dtype, last, count=3)
+    _, _, radius, lam = per_sample(shape[0], dtype)
+    cases = [
+        (None, None, False, False), (adv, delta, False, False), (adv, delta, False, True),
+        (adv, None, False, False), (adv, None, True, False), (adv, delta, True, True),
+    ]
+    for a, d, invariance, detach in cases:
+        got = native.equivariance_loss(o, a, d, radius, lam, KEY, dtype, invariance, detach)
+        start = reference._per_sample(radius, o) * random.element_noise(KEY, shape)[1]
+        wide_delta = (start.to(dtype) if d is None else d).double()
+        wanted = reference.equivariance_loss(
+            o.double(), None if a is None else a.double(), wide_delta, radius.double(),
+            lam.double(), KEY, torch.float64, invariance, detach,
+        )
+        stored = torch.float32 if dtype == torch.float16 else dtype
+        assert [x.dtype for x in got] == [torch.float32] * 3 + [stored] * 2
+        for value, exact in zip(got[:3], wanted[:3], strict=True):
+            assert value.shape == exact.shape
+            assert relative(value.nan_to_num(), exact.nan_to_num()) < 1e-6
+            assert torch.equal(value.isnan(), exact.isnan())
+        bound = 1e-6 if stored == torch.float32 else 4e-3
+        for value, exact in zip(got[3:], wanted[3:], strict=True):
+            assert value.shape == exact.shape
+            assert relative(value, exact) < bound
+        assert got[3].stride() == o.stride()
+        if a is not None:
+            assert got[4].stride() == o.stride()
+
+
+@needs_library
+def test_loss_of_mixed_dtypes_and_of_values_that_are_not_finite(variant):
+    o, adv, delta = batch((2, 3, 5, 7), torch.float32, count=3)
+    _, _, radius, lam = per_sample(2)
+    arguments = (radius, lam, KEY, torch.float32, False)
+    half = native.equivariance_loss(o, adv, delta.bfloat16(), *arguments, False)
+    wide = native.equivariance_loss(o, adv, delta.bfloat16().float(), *arguments, False)
+    for a, b in zip(half, wide, strict=True):
+        assert_same(a, b)
+    adv[0, 0, 0, 0] = math.inf
+    total, fit, reg, grad, _ = native.equivariance_loss(o, adv, delta, *arguments, True)
+    assert total.isinf() and reg[0].isinf() and fit.isfinite().all() and reg[1].isfinite()
+    assert grad.isfinite().all()  # detached: what is wrong with adv does not reach it
+
+
+@needs_library
+def test_sums_are_accurate_over_many_blocks():
+    o = normal(1, 3, 100, 101)
+    lam = torch.ones(1)
+    got = native.equivariance_loss(o, None, None, lam, lam, KEY, o.dtype, False, False)
+    wanted = reference.equivariance_loss(
+        o.double(), None, None, lam.double(), lam.double(), KEY, torch.float64, False, False
+    )
+    assert abs(float(got[0]) / float(wanted[0]) - 1) < 2e-7
+
+
+# Threads.
+
+
+@needs_library
+@pytest.mark.parametrize("op", ["noise_perturb", "fgsm_project", "equivariance_loss", "adamw_ema"])
+def test_the_number_of_threads_changes_no_bit(op, monkeypatch):
+    monkeypatch.setattr(native, "SERIAL", 0)
+    x, y, z = batch((2, 3, 31, 33), count=3)
+    signal, noise, radius, lam = per_sample(2)
+
+    def run(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        if op == "noise_perturb":
+            return native.noise_perturb(x, signal, noise, radius, KEY, torch.float32)
+        if op == "fgsm_project":
+            return native.fgsm_project(x, y, noise, radius, KEY)
+        if op == "equivariance_loss":
+            return native.equivariance_loss(x, y, z, radius, lam, KEY, x.dtype, False, False)
+        state = optimizer_state([(40_000,), (3,), (20_000,)])
+        native.adamw_ema(*state.values(), *scalars(), *OPTIONS)
+        return sum(state.values(), [])
+
+    for a, b in zip(run(1), run(2), strict=True):
+        assert_same(a, b)
+
+
+@needs_library
+def test_work_goes_to_the_threads_of_torch(monkeypatch):
+    """The runtime is called with torch's number of threads, above a size, and does all the work."""
+    asked = []
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def runtime(function, data, threads, flags):
+        asked.append(threads)
+        team = [threading.Thread(target=body(function), args=(data,)) for _ in range(threads)]
+        for thread in team:
+            thread.start()
+        for thread in team:
+            thread.join()
+
+    address = ctypes.cast(runtime, ctypes.c_void_p).value
+    assert native._runtime(), "torch's own OpenMP was not found"
+    monkeypatch.setattr(native, "_runtime", lambda: address)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    signal, noise, radius, _ = per_sample(1)
+    for size, wanted in ((native.SERIAL, []), (native.SERIAL + 1, [3])):
+        (x,) = batch((1, size))
+        got = native.noise_perturb(x, signal, noise, radius, KEY, torch.float32)[1]
+        assert asked == wanted and not got.isnan().any()
+
+
+# The optimizer.
+
+OPTIONS = (0.9, 0.999, 1e-8, 0.01)  # beta1, beta2, tiny, weight decay
+
+
+def optimizer_state(shapes, averages=True, copies=True, offset=0):
+    def tensors(seed):
+        flat = [normal(math.prod(s) + offset, seed=seed + 10 * i) for i, s in enumerate(shapes)]
+        return [x[offset:].view(s) for x, s in zip(flat, shapes, strict=True)]
+
+    p, g, m, v, a = (tensors(seed) for seed in range(5))
+    return {
+        "params": p, "grads": g, "exp_avgs": m, "exp_avg_sqs": [x.square_() for x in v],
+        "averages": a if averages else [],
+        "copies": [x.bfloat16() for x in p] if copies else [],
+    }
+
+
+def scalars(lr=1e-2, step=1, decay=0.9, factor=0.7, skip=0, dtype=torch.float32):
+    return [torch.tensor(x, dtype=torch.float32).to(dtype) for x in (lr, step, decay, factor, skip)]
+
+
+@needs_library
+@pytest.mark.parametrize("averages, copies", [(True, True), (True, False), (False, True),
+                                              (False, False)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_adamw_ema(averages, copies, offset, variant):
+    shapes = [(3, 5, 3), (1,), (0,), (257,), (16_385,), (2, 64)]
+    state = optimizer_state(shapes, averages, copies, offset)
+    exact = {name: [x.double() for x in tensors] for name, tensors in state.items()}
+    for step in (1, 2, 3, 1000):
+        change = dict(step=step, decay=0.9 if step < 3 else 0.3, skip=float(step == 2))
+        native.adamw_ema(*state.values(), *scalars(**change), *OPTIONS)
+        reference.adamw_ema(*exact.values(), *scalars(**change, dtype=torch.float64), *OPTIONS)
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
+            for a, b in zip(state[name], exact[name], strict=True):
+                assert relative(a, b) < 1e-6, (name, step)
+        for copy, p in zip(state["copies"], state["params"], strict=False):
+            assert_same(copy, p.bfloat16())
+
+
+@needs_library
+def test_a_skipped_step_changes_nothing_but_average_and_copy():
+    state = optimizer_state([(100,), (7,)])
+    state["grads"][0][3] = math.nan
+    before = {name: [x.clone() for x in tensors] for name, tensors in state.items()}
+    native.adamw_ema(*state.values(), *scalars(factor=math.nan, skip=1), *OPTIONS)
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        for a, b in zip(state[name], before[name], strict=True):
+            assert_same(a, b)
+    for average, old, p in zip(state["averages"], before["averages"], state["params"], strict=True):
+        assert relative(average, old.lerp(p, 0.1)) < 1e-6
+
+
+@needs_library
+def test_adamw_ema_of_channels_last_weights_and_of_none():
+    state = optimizer_state([(4, 3, 2, 5)])
+    wanted = optimizer_state([(4, 3, 2, 5)])
+    state = {name: [laid_out(x, True) for x in tensors] for name, tensors in state.items()}
+    native.adamw_ema(*state.values(), *scalars(), *OPTIONS)
+    native.adamw_ema(*wanted.values(), *scalars(), *OPTIONS)
+    for a, b in zip(sum(state.values(), []), sum(wanted.values(), []), strict=True):
+        assert_same(a, b)
+    native.adamw_ema([], [], [], [], [], [], *scalars(), *OPTIONS)
+
+
+# The build.
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what setup.py needs, without built libraries."""
+    ignore = shutil.ignore_patterns("_native", "__pycache__", "*.egg-info")
+    for name in ("robustdm", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def setup(tree, *arguments, **environment):
+    # No nvcc: PATH holds nothing but what a test puts there.
+    clean = {"PATH": str(tree / "bin"), "CUDA_HOME": "/nowhere", "CXX": "", **environment}
+    done = subprocess.run(
+        [sys.executable, "setup.py", *arguments], cwd=tree, text=True, capture_output=True,
+        env={**os.environ, **clean},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line for line in done.stdout.splitlines() if line.startswith("robustdm: ")]
+
+
+def compiler(tree, script):
+    """A compiler that runs a shell script, with the file to write as $out."""
+    path = tree / "fake-compiler"
+    loop = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; all="$all $1"; shift; done'
+    path.write_text(f"#!/bin/sh\n{loop}\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def native_files(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+def test_without_compilers_the_install_succeeds_and_says_why(tree):
+    lines = setup(tree, "build_ext", "--inplace")
+    folder = tree / "robustdm" / "_native"
+    assert native_files(folder) == ["cpu.txt", "cuda.txt"]
+    reasons = ["no C++ compiler: neither g++ nor clang++ is on PATH, and CXX is not set",
+               "no nvcc on PATH or under CUDA_HOME"]
+    assert lines == [f"robustdm: the {name} library is off: {reason}"
+                     for name, reason in zip(("cpu", "cuda"), reasons, strict=True)]
+    assert [native._open(name, folder) for name in ("cpu", "cuda")] == [(None, r) for r in reasons]
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing_behind(tree, monkeypatch):
+    broken = compiler(tree, 'echo half > "$out"; case $out in *.so) echo x.o: error: bad >&2; '
+                      "exit 3;; esac")
+    folder = tree / "robustdm" / "_native"
+    folder.mkdir()
+    (folder / "librobustdm_cpu.so").write_text("an older library")
+    os.utime(folder / "librobustdm_cpu.so", (1, 1))
+    (line, _) = setup(tree, "build_ext", "--inplace", CXX=broken)
+    assert native_files(folder) == ["cpu.txt", "cuda.txt"]
+    assert line.endswith(f"{broken} failed with exit code 3: x.o: error: bad")
+    monkeypatch.setattr(native, "FOLDER", folder)
+    assert native.status()["cpu"] == (False, f"{broken} failed with exit code 3: x.o: error: bad")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        native._library("cpu")
+
+
+@pytest.mark.parametrize("name", ["/bin/false", "/nowhere/g++"])
+def test_build_with_a_useless_compiler(tree, name):
+    lines = setup(tree, "build", CXX=name)
+    assert len(lines) == 2 and f"{name}" in lines[0]
+    (folder,) = (tree / "build").rglob("_native")
+    assert native_files(folder) == ["cpu.txt", "cuda.txt"]
+
+
+def test_libraries_are_rebuilt_when_sources_are_newer_and_packed_into_the_wheel(tree):
+    good = compiler(tree, f'echo built > "$out"; echo "$all" >> {tree}/calls')
+
+    def build(*arguments):
+        (tree / "calls").write_text("")
+        setup(tree, *arguments, CXX=good)
+        return (tree / "calls").read_text().splitlines()
+
+    library = tree / "robustdm" / "_native" / "librobustdm_cpu.so"
+    assert any("-shared" in call for call in build("build_ext", "--inplace"))
+    assert library.exists() and build("build_ext", "--inplace") == []
+    later = library.stat().st_mtime + 5
+    os.utime(tree / "csrc" / "philox.h", (later, later))
+    assert build("build_ext", "--inplace") != []
+    build("-q", "bdist_wheel")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert "none-any" not in wheel.name
+    packed = [n for n in zipfile.ZipFile(wheel).namelist() if "_native/" in n]
+    assert sorted(packed) == ["robustdm/_native/cuda.txt", "robustdm/_native/librobustdm_cpu.so"]
+
+
+def test_libraries_of_other_sources_or_that_do_not_load_are_refused(tmp_path):
+    assert native._open("cpu", tmp_path) == (None, "not built: run pip install")
+    library = tmp_path / "other" / "librobustdm_cpu.so"
+    library.parent.mkdir()
+    library.write_text("nonsense")
+    found, reason = native._open("cpu", library.parent)
+    assert found is None and reason.startswith("cannot be loaded: ")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "librobustdm_cuda.so"
+    source = 'extern "C" int abi_cuda() { return -1; }'
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", library], input=source,
+                   text=True, check=True)
+    assert native._open("cuda", tmp_path) == (None, "built by another version: reinstall")
+
+
+def test_the_abi_numbers_agree():
+    for name in ("cpu.h", "adamw_ema.cu"):
+        assert f"#define ROBUSTDM_ABI {native.ABI} " in (ROOT / "csrc" / name).read_text()
+    assert f"PHILOX_LAYOUT = {random.LAYOUT_VERSION};" in (ROOT / "csrc" / "philox.h").read_text()
+
+
+def test_importing_loads_no_library():
+    code = "from robustdm import native; print('librobustdm' in open('/proc/self/maps').read())"
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_the_cuda_source_compiles_without_spills(architecture, tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        pytest.skip("no nvcc")
+    done = subprocess.run(
+        [nvcc, "-std=c++17", "-O3", "--fmad=false", "-cubin", f"-arch=sm_{architecture}",
+         "-Xptxas=-v", ROOT / "csrc" / "adamw_ema.cu", "-o", tmp_path / "out.cubin"],
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert len(spills) == 4 and all("0 bytes spill stores" in line for line in spills)
+    print(done.stderr)
