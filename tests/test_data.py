@@ -9,9 +9,11 @@ import torch
 
 from robustdm.data import Corruption, SubspaceData, TensorData, batches, load_data
 from robustdm.data.base import split
+from robustdm.data.images import ImageTensor
 from robustdm.data.subspace import principal_components
 from robustdm.errors import UsageError
 from robustdm.random import shuffled
+from robustdm.resident import ResidentBatch
 from robustdm.training.config import TrainConfig, preset_values
 
 
@@ -387,3 +389,21 @@ def test_sets_that_need_no_files_say_so(tmp_path):
         load_data(config(data_dir=tmp_path))
     with pytest.raises(UsageError, match="resolution is 16: the digits are 8x8"):
         load_data(config(resolution=16))
+
+
+@pytest.mark.parametrize("flip, fraction", [(False, 0.0), (True, 0.0), (True, 0.8)])
+def test_a_resident_batch_is_what_the_data_set_gives(flip, fraction):
+    """uint8 images too many to corrupt beforehand stay as they are until they are diffused."""
+    images = torch.randint(0, 256, (6000, 3, 16, 16), dtype=torch.uint8)
+    data = ImageTensor("x", images, Corruption(fraction, 0.3, 5), holdout=0.1, seed=0)
+    assert data.observed is None
+    cfg = config(batch_size=64, flip=flip, seed=9)
+    x, indices = next(batches(data, cfg, 3, "cpu"))
+    assert isinstance(x, ResidentBatch) and x.data is images and len(x) == 64
+    key = torch.tensor([9, 3, 0])
+    loaded, plain = x.load(key), data.batch(indices)
+    turned = (loaded != plain).flatten(1).any(dim=1)
+    assert torch.equal(loaded[turned], plain[turned].flip(-1))
+    assert (15 < turned.sum() < 49) == flip and (flip or not turned.any())
+    pieces = [p.load(torch.tensor([9, 3, 16 * k])) for k, p in enumerate(x.chunk(4))]
+    assert torch.equal(torch.cat(pieces), loaded)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from robustdm import ops
 from robustdm.training.optimizer import EMA, SkippingAdamW
+from robustdm.training.restore import load_optimizer, optimizer_tensors
+
+CPP = ops.why_off("cpp", "adamw_ema", torch.device("cpu"))
+BACKEND = pytest.mark.parametrize("backend", [
+    "torch", pytest.param("cpp", marks=pytest.mark.skipif(CPP is not None, reason=str(CPP)))
+])
 
 
 def network():
@@ -41,17 +48,22 @@ def losses(model, steps=4, scale=1.0):
         yield scale * (model(x) - 1).square().mean()
 
 
+@BACKEND
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("clip", [0.0, 1e-2, 1e6])
-def test_it_is_adamw_on_clipped_gradients(clip):
-    """Against plain AdamW, with the learning rate that each call names."""
+def test_it_is_adamw_on_clipped_gradients(clip, channels_last, backend):
+    """Against plain AdamW, with the learning rate that each call names, and a moving average."""
     ours, theirs = network(), network()
-    optimizer = SkippingAdamW(ours, lr=9.0, weight_decay=0.1)
+    if channels_last:
+        ours.to(memory_format=torch.channels_last)
+    ema, plain = EMA(ours, 0.3), EMA(theirs, 0.3)
+    optimizer = SkippingAdamW(ours, 9.0, weight_decay=0.1, ema=ema, backend=backend)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     pairs = zip(losses(ours), losses(theirs), strict=True)
     for step, (a, b) in enumerate(pairs, 1):
         lr = 1e-3 * step
         a.backward()
-        norm, skipped = optimizer.clip_and_step(lr, clip, a.detach())
+        norm, skipped = optimizer.clip_and_step(lr, clip, a.detach(), step - 1)
         b.backward()
         total = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
         for p in theirs.parameters():
@@ -59,17 +71,21 @@ def test_it_is_adamw_on_clipped_gradients(clip):
         reference.param_groups[0]["lr"] = lr
         reference.step()
         reference.zero_grad()
+        plain.update(step - 1)
         assert norm.item() == pytest.approx(total.item(), rel=1e-5) and skipped.item() == 0
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6) and p.grad is None
+    averages = zip(ema.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in averages)
 
 
+@BACKEND
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_moves_where_loss_or_gradient_is_not_finite(value, where, clip):
+def test_nothing_moves_where_loss_or_gradient_is_not_finite(value, where, clip, backend):
     model = network()
-    optimizer = SkippingAdamW(model, lr=1e-2, weight_decay=0.1)
+    optimizer = SkippingAdamW(model, lr=1e-2, weight_decay=0.1, backend=backend)
     skips = []
     for step, loss in enumerate(losses(model, 3)):
         before = [p.detach().clone() for p in model.parameters()]
@@ -85,3 +101,32 @@ def test_nothing_moves_where_loss_or_gradient_is_not_finite(value, where, clip):
     assert skips == [0, 1, 0]
     # The skipped step is none: the bias corrections count two.
     assert all(state["step"].item() == 2 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("first, second", [("torch", "cpp"), ("cpp", "torch"), ("cpp", "cpp")])
+def test_the_state_moves_between_backends(first, second):
+    """A checkpoint written where csrc was built continues where it was not, and the reverse."""
+    if CPP is not None:
+        pytest.skip(CPP)
+
+    def run(backends):
+        model = network().to(memory_format=torch.channels_last)
+        optimizer = None
+        for step, backend in enumerate(backends):
+            if optimizer is None or optimizer.backend != backend or step == 3:
+                fresh = SkippingAdamW(model, lr=1e-2, weight_decay=0.1, backend=backend)
+                if optimizer is not None:
+                    load_optimizer(fresh, *optimizer_tensors(optimizer))
+                optimizer = fresh
+            loss = next(losses(model, 1))
+            loss.backward()
+            optimizer.clip_and_step(1e-2, 1.0, loss.detach())
+        return model, optimizer
+
+    model, optimizer = run([first] * 3 + [second] * 3)
+    plain, _ = run(["torch"] * 6)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    assert {state["step"].item() for state in optimizer.state.values()} == {6}
+    tensors, _ = optimizer_tensors(optimizer)
+    assert len({t.data_ptr() for t in tensors.values()}) == len(tensors)
