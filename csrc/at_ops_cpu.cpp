@@ -635,3 +635,17 @@ EXPORT(equivariance_loss)
   free(sums);
   return OK;
 }
+
+EXPORT(abi)() { return ROBUSTDM_ABI; }
+
+// What this processor can run: 0 base, 1 avx2, 2 avx512.
+EXPORT(level)() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+  return 0;
+}

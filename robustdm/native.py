@@ -65,6 +65,8 @@ def _open(name: str, folder: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"cannot be loaded: {error}"
     if version != ABI:
         return None, "built by another version: reinstall"
+    if name == "cuda" and not torch.cuda.is_available():
+        return None, "built, but torch finds no CUDA device"
     if name == "cuda" and (code := library.probe_cuda()):
         return None, f"built, but {_cuda_error(library, code)}"
     return library, "built"
@@ -152,6 +154,11 @@ def _restored(flat: Tensor, shape: torch.Size) -> Tensor:
     return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
+def _narrow(x: Tensor | None) -> Tensor | None:
+    """float64 beside narrower tensors: arithmetic is in float32 anyway."""
+    return x if x is None or x.dtype in DTYPES else x.float()
+
+
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -179,6 +186,7 @@ def noise_perturb(
     x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`robustdm.reference.noise_perturb`."""
+    x0 = _narrow(x0)
     if _wide_planar(x0):
         parts = noise_perturb(_channels_last(x0), signal, noise, radius, key, dtype)
         return tuple(_restored(part, x0.shape) for part in parts)
@@ -223,7 +231,8 @@ def noise_perturb_resident(
 def fgsm_project(
     xt: Tensor, gradient: Tensor | None, noise: Tensor, radius: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`robustdm.reference.fgsm_project`."""
+    """`robustdm.reference.fgsm_project`, but that a NaN in the gradient gives a NaN delta."""
+    gradient = _narrow(gradient)
     if _wide_planar(xt):
         parts = fgsm_project(_channels_last(xt), _channels_last(gradient), noise, radius, key)
         return tuple(_restored(part, xt.shape) for part in parts)
@@ -243,7 +252,7 @@ def equivariance_loss(
     lambda_t: Tensor, key: Tensor, dtype: torch.dtype, invariance: bool, detach_clean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`robustdm.reference.equivariance_loss`. Sums do not depend on the number of threads."""
-    o, adv = eps_pred, eps_pred_adv
+    o, adv, delta = eps_pred, eps_pred_adv, _narrow(delta)
     if _wide_planar(o):
         *loss, grad, grad_adv = equivariance_loss(
             _channels_last(o), _channels_last(adv), _channels_last(delta), radius, lambda_t, key,
@@ -261,7 +270,7 @@ def equivariance_loss(
     total, fit, reg = torch.empty(()), torch.empty(len(o)), torch.empty(len(o))
     _call(
         "equivariance_loss", o.data_ptr(), _address(adv), DTYPES[o.dtype], _address(delta),
-        DTYPES[dtype if delta is None else delta.dtype], grad.data_ptr(),
+        DTYPES.get(dtype, 0) if delta is None else DTYPES[delta.dtype], grad.data_ptr(),
         None if adv is None else grad_adv.data_ptr(), DTYPES[stored], total.data_ptr(),
         fit.data_ptr(), reg.data_ptr(), *_shape(o), radius.data_ptr(), lambda_t.data_ptr(),
         key.data_ptr(), invariance, detach_clean, *_team(o.numel()),

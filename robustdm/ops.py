@@ -23,6 +23,20 @@ import torch
 from torch import Tensor
 
 from robustdm import native, reference
+from robustdm.arguments import (
+    as_vector,
+    channels_last,
+    check_device,
+    check_float,
+    check_key,
+    check_like,
+    check_per_sample,
+    check_values,
+    dense,
+    dense_format,
+    need,
+    same_order,
+)
 from robustdm.errors import UsageError
 from robustdm.reference import wide
 
@@ -33,7 +47,6 @@ OPS = (
 )
 _CPP_ONLY = ("adamw_ema",)
 _TRITON_ONLY = ("group_norm_act",)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # Which backend.
@@ -103,95 +116,6 @@ def _implementation(op: str, backend: str, device: torch.device, dtype: torch.dt
     return importlib.import_module(f"robustdm.kernels.{module}")
 
 
-# Arguments.
-
-
-def _need(op: str, ok: bool, problem: str) -> None:
-    if not ok:
-        raise UsageError(f"{op}: {problem}")
-
-
-def _check_float(op: str, name: str, value: Tensor) -> None:
-    _need(op, value.dtype in _FLOATS,
-          f"{name} is {value.dtype}: give float32, bfloat16, float16 or float64")
-
-
-def _check_like(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, value in others.items():
-        if value is None:
-            continue
-        _check_float(op, name, value)
-        _need(op, value.shape == x.shape,
-              f"{name} has shape {tuple(value.shape)}, {first} {tuple(x.shape)}: they must agree")
-        _check_device(op, first, x, **{name: value})
-
-
-def _check_device(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, value in others.items():
-        if value is not None:
-            _need(op, value.device == x.device,
-                  f"{name} is on {value.device}, {first} on {x.device}: move one of them")
-
-
-def _check_per_sample(op: str, first: str, x: Tensor, **values: Tensor) -> None:
-    for name, value in values.items():
-        _need(op, value.shape == x.shape[:1],
-              f"{name} has shape {tuple(value.shape)}, {first} {tuple(x.shape)}: give one number "
-              "per sample")
-        _check_float(op, name, value)
-        _check_device(op, first, x, **{name: value})
-
-
-def _check_key(op: str, first: str, x: Tensor, key: Tensor) -> None:
-    _need(op, key.shape == (3,) and key.dtype == torch.int64,
-          f"key is {key.dtype} of shape {tuple(key.shape)}: give (seed, step, first index), int64")
-    _check_device(op, first, x, key=key)
-
-
-def _check_values(op: str, radius: Tensor | None = None, lambda_t: Tensor | None = None) -> None:
-    """Look at the numbers where that is free: on a GPU it would stall every step, and there a NaN
-    ends up in the loss, whose step is skipped and reported."""
-    if radius is not None and radius.device.type == "cpu" and not bool((radius >= 0).all()):
-        worst = radius[~(radius >= 0)][0].item()
-        raise UsageError(f"{op}: radius holds {worst}: it must be a number, 0 or more, for every "
-                         "sample")
-    if lambda_t is not None and lambda_t.device.type == "cpu" and bool(lambda_t.isnan().any()):
-        raise UsageError(f"{op}: lambda_t holds NaN: it must be a number for every sample")
-
-
-def _format(x: Tensor) -> torch.memory_format | None:
-    """The dense memory format of a tensor; None if it has gaps or another order."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return None
-
-
-def _dense(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of one shape in one dense memory format: the first one's, if it has one."""
-    layout = _format(x) or torch.contiguous_format
-    return tuple(v if v is None else v.contiguous(memory_format=layout) for v in (x, *others))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """(B, C, *spatial) with the channels innermost, whatever the number of dimensions."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike; strides of single items are idle."""
-    return a.stride() == b.stride() or all(
-        s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
-    )
-
-
-def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(wide(dtype)).contiguous()
-
-
 # draw_samples
 
 
@@ -226,11 +150,11 @@ def draw_samples(
         UsageError: for wrong shapes, dtypes or devices, or a backend that is off.
     """
     op = "draw_samples"
-    _need(op, tables.ndim == 2 and tables.shape[0] == 3 and tables.dtype == torch.float64,
-          f"tables is {tables.dtype} of shape {tuple(tables.shape)}: give (3, T) float64")
-    _check_key(op, "tables", tables, key)
-    _need(op, lambda_mode in ("ray", "x", "std", "literal"),
-          f"lambda_mode is {lambda_mode!r}: choose one of ray, x, std, literal")
+    need(op, tables.ndim == 2 and tables.shape[0] == 3 and tables.dtype == torch.float64,
+         f"tables is {tables.dtype} of shape {tuple(tables.shape)}: give (3, T) float64")
+    check_key(op, "tables", tables, key)
+    need(op, lambda_mode in ("ray", "x", "std", "literal"),
+         f"lambda_mode is {lambda_mode!r}: choose one of ray, x, std, literal")
     return _draw_samples(key, tables.contiguous(), batch, dtype, gamma, lam, lambda_mode, beta_low,
                          beta_high, lambda_max, beta_per_batch, backend)
 
@@ -243,7 +167,7 @@ def _noise_perturb(
     x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_values("noise_perturb", radius)
+    check_values("noise_perturb", radius)
     module = _implementation("noise_perturb", backend, x0.device, dtype)
     xt, x_ran = module.noise_perturb(x0, signal, noise, radius, key, dtype)
     return _as(xt, x0), _as(x_ran, x0)
@@ -251,7 +175,7 @@ def _noise_perturb(
 
 def _as(out: Tensor, like: Tensor) -> Tensor:
     """The reference computes in any order of memory; what was promised is the input's."""
-    return out.contiguous(memory_format=_format(like))
+    return out.contiguous(memory_format=dense_format(like))
 
 
 @_noise_perturb.register_fake
@@ -301,13 +225,13 @@ def noise_perturb(
     Source: Briglia et al. 2026, Eq. 7 and Algorithm 1.
     """
     op = "noise_perturb"
-    _need(op, x0.ndim >= 1, "x0 has no dimension: give a batch (B, ...)")
-    _check_float(op, "x0", x0)
-    _check_per_sample(op, "x0", x0, signal=signal, noise=noise, radius=radius)
-    _check_key(op, "x0", x0, key)
+    need(op, x0.ndim >= 1, "x0 has no dimension: give a batch (B, ...)")
+    check_float(op, "x0", x0)
+    check_per_sample(op, "x0", x0, signal=signal, noise=noise, radius=radius)
+    check_key(op, "x0", x0, key)
     dtype = dtype or x0.dtype
-    (x0,) = _dense(x0)
-    return _noise_perturb(x0, *(_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
+    (x0,) = dense(x0)
+    return _noise_perturb(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
                           backend)
 
 
@@ -317,7 +241,7 @@ def _noise_perturb_resident(
     dtype: torch.dtype, flip: bool, corrupt_fraction: float, corrupt_sigma: float,
     corrupt_seed: int, backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_values("noise_perturb_resident", radius)
+    check_values("noise_perturb_resident", radius)
     module = _implementation("noise_perturb_resident", backend, data.device, dtype)
     outputs = module.noise_perturb_resident(
         data, items, signal, noise, radius, key, dtype, flip, corrupt_fraction, corrupt_sigma,
@@ -358,21 +282,21 @@ def noise_perturb_resident(
         UsageError: for wrong shapes, dtypes, devices or values, or a backend that is off.
     """
     op = "noise_perturb_resident"
-    _need(op, data.ndim == 4 and data.dtype == torch.uint8,
-          f"data is {data.dtype} of shape {tuple(data.shape)}: give (N, C, H, W) uint8")
-    _need(op, items.ndim == 1 and items.dtype == torch.int64,
-          f"items is {items.dtype} of shape {tuple(items.shape)}: give (B,) int64")
-    _check_device(op, "data", data, items=items)
-    _check_per_sample(op, "items", items, signal=signal, noise=noise, radius=radius)
-    _check_key(op, "data", data, key)
-    _need(op, 0 <= corrupt_fraction <= 1 and corrupt_sigma >= 0,
-          f"corrupt_fraction is {corrupt_fraction}, corrupt_sigma {corrupt_sigma}: give a share "
-          "from 0 to 1 and a standard deviation, 0 or more")
-    if _format(data) is None:
+    need(op, data.ndim == 4 and data.dtype == torch.uint8,
+         f"data is {data.dtype} of shape {tuple(data.shape)}: give (N, C, H, W) uint8")
+    need(op, items.ndim == 1 and items.dtype == torch.int64,
+         f"items is {items.dtype} of shape {tuple(items.shape)}: give (B,) int64")
+    check_device(op, "data", data, items=items)
+    check_per_sample(op, "items", items, signal=signal, noise=noise, radius=radius)
+    check_key(op, "data", data, key)
+    need(op, 0 <= corrupt_fraction <= 1 and corrupt_sigma >= 0,
+         f"corrupt_fraction is {corrupt_fraction}, corrupt_sigma {corrupt_sigma}: give a share "
+         "from 0 to 1 and a standard deviation, 0 or more")
+    if format(data) is None:
         data = data.contiguous()
     return _noise_perturb_resident(
-        data, items.contiguous(), *(_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
-        flip, corrupt_fraction, corrupt_sigma, corrupt_seed, backend,
+        data, items.contiguous(), *(as_vector(v, dtype) for v in (signal, noise, radius)), key,
+        dtype, flip, corrupt_fraction, corrupt_sigma, corrupt_seed, backend,
     )
 
 
@@ -383,7 +307,7 @@ def noise_perturb_resident(
 def _fgsm_project(
     xt: Tensor, gradient: Tensor | None, noise: Tensor, radius: Tensor, key: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    _check_values("fgsm_project", radius)
+    check_values("fgsm_project", radius)
     module = _implementation("fgsm_project", backend, xt.device, xt.dtype)
     x_adv, delta = module.fgsm_project(xt, gradient, noise, radius, key)
     return _as(x_adv, xt), _as(delta, xt)
@@ -428,13 +352,13 @@ def fgsm_project(
     Source: Briglia et al. 2026, Eq. 8.
     """
     op = "fgsm_project"
-    _need(op, xt.ndim >= 1, "xt has no dimension: give a batch (B, ...)")
-    _check_float(op, "xt", xt)
-    _check_like(op, "xt", xt, gradient=gradient)
-    _check_per_sample(op, "xt", xt, noise=noise, radius=radius)
-    _check_key(op, "xt", xt, key)
-    xt, gradient = _dense(xt, gradient)
-    return _fgsm_project(xt, gradient, _vector(noise, xt.dtype), _vector(radius, xt.dtype), key,
+    need(op, xt.ndim >= 1, "xt has no dimension: give a batch (B, ...)")
+    check_float(op, "xt", xt)
+    check_like(op, "xt", xt, gradient=gradient)
+    check_per_sample(op, "xt", xt, noise=noise, radius=radius)
+    check_key(op, "xt", xt, key)
+    xt, gradient = dense(xt, gradient)
+    return _fgsm_project(xt, gradient, as_vector(noise, xt.dtype), as_vector(radius, xt.dtype), key,
                          backend)
 
 
@@ -447,7 +371,7 @@ def _equivariance_loss(
     lambda_t: Tensor, key: Tensor, dtype: torch.dtype, invariance: bool, detach_clean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_values("equivariance_loss", radius, lambda_t)
+    check_values("equivariance_loss", radius, lambda_t)
     module = _implementation("equivariance_loss", backend, eps_pred.device, eps_pred.dtype)
     total, fit, reg, grad, grad_adv = module.equivariance_loss(
         eps_pred, eps_pred_adv, delta, radius, lambda_t, key, dtype, invariance, detach_clean
@@ -515,18 +439,18 @@ def equivariance_loss(
     Source: Briglia et al. 2026, Eq. 6 and 14; Ho et al. 2020, Eq. 14.
     """
     op = "equivariance_loss"
-    _need(op, eps_pred.ndim >= 1, "eps_pred has no dimension: give a batch (B, ...)")
-    _check_float(op, "eps_pred", eps_pred)
-    _check_like(op, "eps_pred", eps_pred, eps_pred_adv=eps_pred_adv, delta=delta)
-    _need(op, eps_pred_adv is None or eps_pred_adv.dtype == eps_pred.dtype,
-          f"eps_pred_adv is {getattr(eps_pred_adv, 'dtype', None)}, eps_pred {eps_pred.dtype}: "
-          "they must agree")
-    _check_per_sample(op, "eps_pred", eps_pred, radius=radius, lambda_t=lambda_t)
-    _check_key(op, "eps_pred", eps_pred, key)
-    eps_pred, eps_pred_adv, delta = _dense(eps_pred, eps_pred_adv, delta)
+    need(op, eps_pred.ndim >= 1, "eps_pred has no dimension: give a batch (B, ...)")
+    check_float(op, "eps_pred", eps_pred)
+    check_like(op, "eps_pred", eps_pred, eps_pred_adv=eps_pred_adv, delta=delta)
+    need(op, eps_pred_adv is None or eps_pred_adv.dtype == eps_pred.dtype,
+         f"eps_pred_adv is {getattr(eps_pred_adv, 'dtype', None)}, eps_pred {eps_pred.dtype}: "
+         "they must agree")
+    check_per_sample(op, "eps_pred", eps_pred, radius=radius, lambda_t=lambda_t)
+    check_key(op, "eps_pred", eps_pred, key)
+    eps_pred, eps_pred_adv, delta = dense(eps_pred, eps_pred_adv, delta)
     return _equivariance_loss(
-        eps_pred, eps_pred_adv, delta, _vector(radius, eps_pred.dtype),
-        _vector(lambda_t, eps_pred.dtype), key, dtype or eps_pred.dtype, invariance, detach_clean,
+        eps_pred, eps_pred_adv, delta, as_vector(radius, eps_pred.dtype),
+        as_vector(lambda_t, eps_pred.dtype), key, dtype or eps_pred.dtype, invariance, detach_clean,
         backend,
     )[:3]
 
@@ -545,7 +469,7 @@ def _group_norm_act(
     y, v, mean, rstd = module.group_norm_act_forward(
         x, groups, weight, bias, scale, shift, add, residual, silu, dropout, key, layer, tiny
     )
-    return _channels_last(y), v if residual is None else _channels_last(v), mean, rstd
+    return channels_last(y), v if residual is None else channels_last(v), mean, rstd
 
 
 @_group_norm_act.register_fake
@@ -567,7 +491,7 @@ def _group_norm_act_backward(
         dy, v, mean, rstd, groups, weight, bias, scale, shift, add, silu, dropout, key, layer, dv,
         need_sums,
     )
-    return _channels_last(dx), sums
+    return channels_last(dx), sums
 
 
 @_group_norm_act_backward.register_fake
@@ -595,8 +519,8 @@ def _group_norm_act_grad(ctx, dy, dv, *unused):
         ctx.needs_input_grad[:7])
     need_sums = need_weight or need_bias or need_scale or need_shift or need_add
     dx, sums = _group_norm_act_backward(
-        _channels_last(dy), kept, mean, rstd, weight, bias, scale, shift, add,
-        _channels_last(dv) if ctx.has_residual and dv is not None else None, key, groups, silu,
+        channels_last(dy), kept, mean, rstd, weight, bias, scale, shift, add,
+        channels_last(dv) if ctx.has_residual and dv is not None else None, key, groups, silu,
         dropout, layer, need_sums, backend,
     )
     grads = [None] * 5
@@ -656,31 +580,31 @@ def group_norm_act(
     Source: Wu & He 2018; Nichol & Dhariwal 2021 for scale and shift.
     """
     op = "group_norm_act"
-    _need(op, x.ndim >= 2, f"x has shape {tuple(x.shape)}: give (B, C, *spatial)")
-    _check_float(op, "x", x)
+    need(op, x.ndim >= 2, f"x has shape {tuple(x.shape)}: give (B, C, *spatial)")
+    check_float(op, "x", x)
     channels = x.shape[1]
-    _need(op, groups >= 1 and channels % groups == 0,
-          f"groups is {groups}: it must divide the {channels} channels of x")
+    need(op, groups >= 1 and channels % groups == 0,
+         f"groups is {groups}: it must divide the {channels} channels of x")
     for first, second, a, b in (("weight", "bias", weight, bias), ("scale", "shift", scale, shift)):
-        _need(op, (a is None) == (b is None), f"{first} and {second} go together: "
-              "give both or none")
+        need(op, (a is None) == (b is None), f"{first} and {second} go together: "
+             "give both or none")
     sizes = {"weight": (channels,), "bias": (channels,), "scale": tuple(x.shape[:2]),
              "shift": tuple(x.shape[:2]), "add": tuple(x.shape[:2])}
     for (name, size), value in zip(sizes.items(), (weight, bias, scale, shift, add), strict=True):
         if value is not None:
-            _need(op, tuple(value.shape) == size,
-                  f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)}: give {size}")
-            _check_float(op, name, value)
-            _check_device(op, "x", x, **{name: value})
-    _check_like(op, "x", x, residual=residual)
-    _need(op, 0 <= dropout < 1, f"dropout is {dropout}: give a rate from 0 to below 1")
-    _need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
+            need(op, tuple(value.shape) == size,
+                 f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)}: give {size}")
+            check_float(op, name, value)
+            check_device(op, "x", x, **{name: value})
+    check_like(op, "x", x, residual=residual)
+    need(op, 0 <= dropout < 1, f"dropout is {dropout}: give a rate from 0 to below 1")
+    need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
-        _check_key(op, "x", x, key)
+        check_key(op, "x", x, key)
     y, v, _, _ = _group_norm_act(
-        _channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
+        channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
         *(p if p is None else p.contiguous() for p in (scale, shift, add)),
-        None if residual is None else _channels_last(residual.to(x.dtype)), key, groups, silu,
+        None if residual is None else channels_last(residual.to(x.dtype)), key, groups, silu,
         float(dropout), layer, tiny, backend,
     )
     return y if residual is None else (y, v)
@@ -755,22 +679,22 @@ def _check_adamw_ema(
     needed = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     optional = {"averages": averages, "copies": copies}
     for name, tensors in (needed | {k: v for k, v in optional.items() if v}).items():
-        _need(op, len(tensors) == len(params),
-              f"{name} has {len(tensors)} tensors, params {len(params)}: they must agree")
+        need(op, len(tensors) == len(params),
+             f"{name} has {len(tensors)} tensors, params {len(params)}: they must agree")
         for i, (p, value) in enumerate(zip(params, tensors, strict=True)):
             dtype = torch.bfloat16 if name == "copies" else p.dtype
-            _need(op, value.dtype == dtype, f"{name}[{i}] is {value.dtype}: it must be {dtype}")
-            _need(op, value.shape == p.shape, f"{name}[{i}] has shape {tuple(value.shape)}, "
-                  f"params[{i}] {tuple(p.shape)}: they must agree")
+            need(op, value.dtype == dtype, f"{name}[{i}] is {value.dtype}: it must be {dtype}")
+            need(op, value.shape == p.shape, f"{name}[{i}] has shape {tuple(value.shape)}, "
+                 f"params[{i}] {tuple(p.shape)}: they must agree")
             # Memory is walked through in one order for all: other strides would mix them up.
-            _need(op, _same_order(value, p), f"{name}[{i}] has strides {value.stride()}, "
-                  f"params[{i}] {p.stride()}: make it with torch.empty_like")
-            _check_device(op, f"params[{i}]", p, **{f"{name}[{i}]": value})
+            need(op, same_order(value, p), f"{name}[{i}] has strides {value.stride()}, "
+                 f"params[{i}] {p.stride()}: make it with torch.empty_like")
+            check_device(op, f"params[{i}]", p, **{f"{name}[{i}]": value})
     for i, p in enumerate(params):
-        _need(op, p.dtype in (torch.float32, torch.float64),
-              f"params[{i}] is {p.dtype}: give float32 weights")
+        need(op, p.dtype in (torch.float32, torch.float64),
+             f"params[{i}] is {p.dtype}: give float32 weights")
     scalars = {"lr": lr, "step": step, "decay": decay, "factor": factor, "skip": skip}
     for name, value in scalars.items():
-        _need(op, value.numel() == 1 and value.dtype == torch.float32,
-              f"{name} is {value.dtype} of shape {tuple(value.shape)}: give a float32 scalar")
-        _check_device(op, "params[0]", params[0], **{name: value})
+        need(op, value.numel() == 1 and value.dtype == torch.float32,
+             f"{name} is {value.dtype} of shape {tuple(value.shape)}: give a float32 scalar")
+        check_device(op, "params[0]", params[0], **{name: value})

@@ -143,6 +143,43 @@ def test_eps_and_delta_are_those_of_the_stream(shape, last, variant):
     assert_same(got, reference._per_sample(radius, x0) * unit)
 
 
+HEADER = """
+#include "philox.h"
+extern "C" void normals(const uint32_t* w0, const uint32_t* w1, int n, float* cosine, float* sine) {
+  for (int i = 0; i < n; ++i) normal_pair(w0[i], w1[i], cosine + i, sine + i);
+}
+"""
+
+
+def test_normals_of_the_header_at_the_edges_and_in_general(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", "-x",
+         "c++", "-", "-o", tmp_path / "philox.so"], input=HEADER, text=True, check=True,
+    )
+    library = ctypes.CDLL(str(tmp_path / "philox.so"))
+    edge = torch.tensor([0, 1, 2, 2**29, 2**30 - 1, 2**30, 2**31, 3 * 2**30, 2**32 - 129,
+                         2**32 - 128, 2**32 - 1])
+    w0, w1, _, _ = random.philox(1, 2, torch.arange(100_000), 0)
+    w0 = torch.cat((edge.repeat(len(edge)), w0))
+    w1 = torch.cat((edge.repeat_interleave(len(edge)), w1))
+    got = torch.zeros(2, len(w0))
+    kept = [w.to(torch.uint32) for w in (w0, w1)]
+    addresses = [ctypes.c_void_p(w.data_ptr()) for w in kept]
+    library.normals(*addresses, len(w0), *(ctypes.c_void_p(z.data_ptr()) for z in got))
+    # The inputs are rounded to float32 as everywhere; log, sine and cosine are then exact.
+    u = (w0.float() * 2.0**-32).clamp(min=2.0**-33).double()
+    angle = ((w1.float() * 2.0**-32) * (2 * math.pi)).double()
+    length = (-2 * u.log()).sqrt()
+    assert got.isfinite().all() and got.abs().max() < 6.8
+    for z, wave in zip(got, (angle.cos(), angle.sin()), strict=True):
+        error = (z.double() - length * wave).abs()
+        assert (error <= 2.4e-7 * length).all()
+        assert (error / length.clamp(min=1e-9)).square().mean().sqrt() < 5e-8
+
+
 @needs_library
 def test_every_instruction_set_gives_the_same_bits(monkeypatch):
     x0, gradient, o, adv = batch((3, 3, 17, 9), torch.bfloat16, count=4)
@@ -161,13 +198,21 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch):
 
 
 @needs_library
-def test_x0_may_have_another_dtype_than_the_batch():
-    (x0,) = batch((2, 3, 5, 5), torch.float16)
-    signal, noise, radius, _ = per_sample(2, torch.bfloat16)
-    for a, b in zip(
-        native.noise_perturb(x0, signal, noise, radius, KEY, torch.bfloat16),
-        native.noise_perturb(x0.float(), signal, noise, radius, KEY, torch.bfloat16), strict=True,
-    ):
+@pytest.mark.parametrize("other", [torch.float16, torch.float64])
+def test_dtypes_may_be_mixed(other):
+    x0, gradient, delta = batch((2, 3, 5, 5), other, count=3)
+    o, adv = batch((2, 3, 5, 5), torch.bfloat16, count=2)
+    signal, noise, radius, lam = per_sample(2, torch.bfloat16)
+
+    def run(convert):
+        x, g, d = (convert(v) for v in (x0, gradient, delta))
+        return (
+            *native.noise_perturb(x, signal, noise, radius, KEY, torch.bfloat16),
+            *native.fgsm_project(o, g, noise, radius, KEY),
+            *native.equivariance_loss(o, adv, d, radius, lam, KEY, o.dtype, False, False),
+        )
+
+    for a, b in zip(run(lambda v: v), run(torch.Tensor.float), strict=True):
         assert_same(a, b)
 
 
