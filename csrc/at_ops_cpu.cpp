@@ -83,8 +83,8 @@ inline void store_words(Lanes lanes, uint32_t* out) {
 
 // ---- Shapes and blocks.
 
-const int BLOCK = 384;  // elements: even, a multiple of 3 and of every vector length
-const int SLACK = 64;   // what the last vectors of a block may write too much
+const int BLOCK = 384;  // elements
+static_assert(BLOCK / 2 % (CHAINS * LANES) == 0, "the last vectors would write past a block");
 
 struct Shape {
   int64_t batch, channels, spatial;
@@ -223,10 +223,10 @@ struct StepNoise {
 };
 
 struct Scratch {
-  alignas(64) float eps[BLOCK + SLACK], unit[BLOCK + SLACK];
-  alignas(64) float moved_eps[BLOCK + SLACK], moved_unit[BLOCK + SLACK];
-  alignas(64) uint32_t word0[BLOCK / 2 + SLACK], word1[BLOCK / 2 + SLACK];
-  alignas(64) uint32_t word23[BLOCK + SLACK];
+  alignas(64) float eps[BLOCK], unit[BLOCK];
+  alignas(64) float moved_eps[BLOCK], moved_unit[BLOCK];
+  alignas(64) uint32_t word0[BLOCK / 2], word1[BLOCK / 2];
+  alignas(64) uint32_t word23[BLOCK];
 };
 
 // eps and the uniform in (-1, 1) of a block's elements, as asked for, in the order of memory.
@@ -267,7 +267,8 @@ void step_noise(const StepNoise& noise, const Shape& shape, const Block& block, 
   }
 }
 
-// The arithmetic of every op is a function of its own: only arguments can be promised not to overlap.
+// The arithmetic of every op is a function of its own: only of arguments can one promise that they
+// do not overlap.
 template <int D, class T = typename Element<D>::Type>
 void diffuse_run(int n, const float* __restrict x, const float* __restrict eps,
                  const float* __restrict unit, float signal, float noise, float radius,
@@ -329,7 +330,7 @@ struct Resident {
     const uint8_t* image = data + item * channels * area;
     const bool mirrored = flipped(sample), noisy = corrupted(item);
     uint8_t bytes[BLOCK];
-    uint64_t element[BLOCK + SLACK];  // index of the source element in the whole set
+    uint64_t element[BLOCK];  // index of the source element in the whole set
     const int64_t end = (start + n) / channels;
     for (int64_t s = start / channels, done = 0; s < end;) {
       const int64_t column = s % width, row = s - column;
@@ -349,7 +350,7 @@ struct Resident {
     }
     for (int i = 0; i < n; ++i) x[i] = (float)bytes[i] / 127.5f - 1.0f;
     if (!noisy) return;
-    uint32_t word0[BLOCK + SLACK], word1[BLOCK + SLACK];
+    uint32_t word0[BLOCK], word1[BLOCK];
     for (int i = 0; i < n; i += CHAINS * LANES) {
       Lanes index[CHAINS], word[4][CHAINS];
       memcpy(index, element + i, sizeof index);

@@ -82,9 +82,9 @@ def _library(name: str) -> ctypes.CDLL:
 @cache
 def _runtime() -> int | None:
     """Address of GOMP_parallel: of torch's own OpenMP, so that its threads are used, or None."""
-    for path in (str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), "libgomp.so.1"):
+    for path in (*(Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), "libgomp.so.1"):
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p).value
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p).value
         except (OSError, AttributeError):
             continue
     return None

@@ -292,7 +292,7 @@ def noise_perturb_resident(
     need(op, 0 <= corrupt_fraction <= 1 and corrupt_sigma >= 0,
          f"corrupt_fraction is {corrupt_fraction}, corrupt_sigma {corrupt_sigma}: give a share "
          "from 0 to 1 and a standard deviation, 0 or more")
-    if format(data) is None:
+    if dense_format(data) is None:
         data = data.contiguous()
     return _noise_perturb_resident(
         data, items.contiguous(), *(as_vector(v, dtype) for v in (signal, noise, radius)), key,

@@ -278,7 +278,9 @@ def test_conversions_of_every_half_and_of_the_edges(dtype, variant):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     values = every.float()
     between = (values[1:].double() + values[:-1].double()) / 2
-    values = torch.cat((values, between.float(), torch.tensor([65519.9, 65520, 3.4e38, 1e-45])))
+    odd_nan = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
+    edges = torch.tensor([65519.9, 65520, 3.4e38, 1e-45])
+    values = torch.cat((values, between.float(), edges, odd_nan))
     one, zero = torch.ones(1), torch.zeros(1)
     got, _ = native.noise_perturb(values[None], one, zero, zero, KEY, dtype)
     assert_same(got[0], (values + 0.0).to(dtype))
@@ -293,7 +295,7 @@ def test_conversions_of_every_half_and_of_the_edges(dtype, variant):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("flip, fraction", [(False, 0.0), (True, 0.0), (False, 0.5), (True, 1.0)])
-@pytest.mark.parametrize("shape", [(12, 3, 20, 21), (12, 1, 3, 5), (12, 4, 7, 3)])
+@pytest.mark.parametrize("shape", [(12, 3, 20, 21), (12, 1, 3, 5), (12, 4, 7, 3), (12, 5, 11, 9)])
 def test_resident_images(shape, flip, fraction, last, dtype):
     data = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
     data = laid_out(data.to(torch.uint8), last)
@@ -322,6 +324,14 @@ def test_resident_flips_and_corrupts_what_the_reference_does():
         )
         wanted = reference.load_resident(data, items, KEY, *source)
         assert (got - wanted).abs().max() <= 1e-6
+    # The choice uses all 24 bits of the number that is compared.
+    share = random.uniform(random.philox(3, 0, items, random.Stream.CORRUPT_CHOICE)[0])
+    for k in range(8):
+        got, _ = native.noise_perturb_resident(
+            data, items, one, zero, zero, KEY, torch.float32, False, float(share[k]), 0.2, 3
+        )
+        clean = data.float() / 127.5 - 1
+        assert torch.equal((got != clean).flatten(1).any(1), share < share[k])
     empty = native.noise_perturb_resident(
         data, items[:0], one[:0], one[:0], one[:0], KEY, torch.float32, True, 0.5, 0.2, 3
     )
@@ -482,7 +492,7 @@ def test_adamw_ema(averages, copies, offset, variant):
     state = optimizer_state(shapes, averages, copies, offset)
     exact = {name: [x.double() for x in tensors] for name, tensors in state.items()}
     for step in (1, 2, 3, 1000):
-        change = dict(step=step, decay=0.9 if step < 3 else 0.3, skip=float(step == 2))
+        change = dict(lr=0.5, step=step, decay=0.9 if step < 3 else 0.3, skip=float(step == 2))
         native.adamw_ema(*state.values(), *scalars(**change), *OPTIONS)
         reference.adamw_ema(*exact.values(), *scalars(**change, dtype=torch.float64), *OPTIONS)
         for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):

@@ -239,7 +239,7 @@ def test_float16_gradients_do_not_vanish():
 
 
 @BACKEND
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True, None])
 @pytest.mark.parametrize("flip, fraction, dtype", [
     (False, 0.0, torch.float32), (True, 0.7, torch.float32), (True, 1.0, torch.bfloat16)
 ])
@@ -257,6 +257,8 @@ def test_resident_batches_are_the_data_sets(backend, channels_last, flip, fracti
         x0 = torch.where(chosen.view(-1, 1, 1, 1), x0.flip(-1), x0)
     if channels_last:
         data = data.contiguous(memory_format=torch.channels_last)
+    if channels_last is None:  # with gaps
+        data = torch.stack((data, data), 1)[:, 0]
     out = ops.noise_perturb_resident(
         data, items, signal, noise, radius, key, dtype=dtype, flip=flip, corrupt_fraction=fraction,
         corrupt_sigma=0.2, corrupt_seed=11, backend=backend,
