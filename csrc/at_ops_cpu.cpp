@@ -84,21 +84,21 @@ inline void store_words(Lanes lanes, uint32_t* out) {
 // ---- Shapes and blocks.
 
 const int BLOCK = 384;  // elements
-static_assert(BLOCK / 2 % (CHAINS * LANES) == 0, "the last vectors would write past a block");
+static_assert(BLOCK / 4 % (CHAINS * LANES) == 0, "the last vectors would write past a block");
 
 struct Shape {
   int64_t batch, channels, spatial;
-  int64_t numel, pairs;      // of a sample: elements; Philox calls
+  int64_t numel, calls;      // of a sample: elements; Philox calls, each for four elements
   int64_t positions, pieces;  // positions in a block; blocks of a sample
   int64_t group, blocks;     // samples in a block, if they are small; blocks of the batch
 
   Shape(int64_t b, int64_t c, int64_t s, int64_t unit = 1)
-      : batch(b), channels(c), spatial(s), numel(c * s), pairs((c * s + 1) / 2) {
-    // A block starts at an even element: calls serve pairs. unit: keep so many elements together.
-    positions = BLOCK / (2 * c * unit) * 2 * unit;
+      : batch(b), channels(c), spatial(s), numel(c * s), calls((c * s + 3) / 4) {
+    // A block starts at a multiple of four elements. unit: keep so many together.
+    positions = BLOCK / (4 * c * unit) * 4 * unit;
     pieces = 1, group = 1;
-    if (2 * pairs <= BLOCK / 2) {
-      group = BLOCK / (2 * pairs);
+    if (4 * calls <= BLOCK / 2) {
+      group = BLOCK / (4 * calls);
       blocks = (b + group - 1) / group;
     } else {
       pieces = (s + positions - 1) / positions;
@@ -196,12 +196,12 @@ inline void transpose(const float* in, float* out, int length, int channels) {
     for (int c = 0; c < count; ++c) out[c * length + i] = in[i * count + c];
 }
 
-// From channels-last order, two numbers per call, to the order of memory without gaps.
+// From channels-last order, four numbers per call, to the order of memory without gaps.
 const float* arrange(const float* in, const Shape& shape, const Block& block, float* out) {
   const int channels = (int)shape.channels, each = block.length * channels;
-  if (channels == 1 && (block.samples == 1 || each % 2 == 0)) return in;
+  if (channels == 1 && (block.samples == 1 || each % 4 == 0)) return in;
   for (int b = 0; b < block.samples; ++b) {
-    const float* from = in + b * 2 * shape.pairs;
+    const float* from = in + b * 4 * shape.calls;
     float* to = out + b * each;
     switch (channels) {
       case 1: transpose<1>(from, to, block.length, 1); break;
@@ -215,54 +215,78 @@ const float* arrange(const float* in, const Shape& shape, const Block& block, fl
 }
 
 struct StepNoise {
-  Philox philox;
+  Philox normals, uniforms;
   int64_t first;
 
   explicit StepNoise(const int64_t* key)
-      : philox((uint64_t)key[0], (uint64_t)key[1], STREAM_ELEMENT), first(key[2]) {}
+      : normals((uint64_t)key[0], (uint64_t)key[1], STREAM_ELEMENT),
+        uniforms((uint64_t)key[0], (uint64_t)key[1], STREAM_DELTA),
+        first(key[2]) {}
 };
 
 struct Scratch {
   alignas(64) float eps[BLOCK], unit[BLOCK];
   alignas(64) float moved_eps[BLOCK], moved_unit[BLOCK];
-  alignas(64) uint32_t word0[BLOCK / 2], word1[BLOCK / 2];
-  alignas(64) uint32_t word23[BLOCK];
+  alignas(64) uint32_t even[BLOCK / 2], odd[BLOCK / 2];  // words 0 and 2, words 1 and 3 of calls
+  alignas(64) uint32_t word[BLOCK];                      // all four words of calls
 };
+
+// The lower halves of two vectors, alternating.
+inline Lanes weave(Lanes a, Lanes b) { return (a & 0xffffffffu) | b << 32; }
+
+// store(place of its first call, words) for every vector of `calls` calls from `start` on.
+template <class Store>
+inline void for_calls(const Philox& philox, int64_t start, int calls, Store store) {
+  Lanes index[CHAINS];
+  for (int j = 0; j < CHAINS; ++j)
+    for (int i = 0; i < LANES; ++i) index[j][i] = (uint64_t)(start + j * LANES + i);
+  for (int k = 0; k < calls; k += CHAINS * LANES) {
+    Lanes word[4][CHAINS];
+    philox(index, word);
+    for (int j = 0; j < CHAINS; ++j) {
+      index[j] += (uint64_t)(CHAINS * LANES);
+      store(k + j * LANES, word[0][j], word[1][j], word[2][j], word[3][j]);
+    }
+  }
+}
+
+// Pairs of 64-bit lanes, alternating: a0 b0 a1 b1 ...
+inline void store_alternating(Lanes a, Lanes b, uint32_t* out) {
+#if defined(__AVX512F__)
+  const Lanes low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  const Lanes high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif defined(__AVX2__)
+  const Lanes low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Lanes high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  const Lanes low = __builtin_shufflevector(a, b, 0, 2), high = __builtin_shufflevector(a, b, 1, 3);
+#endif
+  memcpy(out, &low, sizeof low);
+  memcpy(out + 2 * LANES, &high, sizeof high);
+}
 
 // eps and the uniform in (-1, 1) of a block's elements, as asked for, in the order of memory.
 template <bool NORMALS, bool UNIFORMS>
 void step_noise(const StepNoise& noise, const Shape& shape, const Block& block, Scratch& s,
                 const float** eps, const float** unit) {
-  const int64_t start = (noise.first + block.sample) * shape.pairs
-                        + block.start * shape.channels / 2;
-  const int pairs = block.samples > 1 ? block.samples * (int)shape.pairs : (block.n + 1) / 2;
-  Lanes index[CHAINS];
-  for (int j = 0; j < CHAINS; ++j)
-    for (int i = 0; i < LANES; ++i) index[j][i] = (uint64_t)(start + j * LANES + i);
-  for (int k = 0; k < pairs; k += CHAINS * LANES) {
-    Lanes word[4][CHAINS];
-    noise.philox(index, word);
-    for (int j = 0; j < CHAINS; ++j) {
-      const int at = k + j * LANES;
-      index[j] += (uint64_t)(CHAINS * LANES);
-      if (NORMALS) {
-        store_words(word[0][j], s.word0 + at);
-        store_words(word[1][j], s.word1 + at);
-      }
-      if (UNIFORMS) {
-        // Words 2 and 3 in one lane are the words of two neighbouring elements.
-        const Lanes both = (word[2][j] & 0xffffffffu) | word[3][j] << 32;
-        memcpy(s.word23 + 2 * at, &both, sizeof both);
-      }
-    }
-  }
+  const int64_t start = (noise.first + block.sample) * shape.calls
+                        + block.start * shape.channels / 4;
+  const int calls = block.samples > 1 ? block.samples * (int)shape.calls : (block.n + 3) / 4;
   if (NORMALS) {
-    for (int k = 0; k < pairs; ++k)
-      normal_pair(s.word0[k], s.word1[k], &s.eps[2 * k], &s.eps[2 * k + 1]);
+    for_calls(noise.normals, start, calls, [&](int at, Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+      const Lanes even = weave(w0, w2), odd = weave(w1, w3);
+      memcpy(s.even + 2 * at, &even, sizeof even);
+      memcpy(s.odd + 2 * at, &odd, sizeof odd);
+    });
+    for (int k = 0; k < 2 * calls; ++k)
+      normal_pair(s.even[k], s.odd[k], &s.eps[2 * k], &s.eps[2 * k + 1]);
     *eps = arrange(s.eps, shape, block, s.moved_eps);
   }
   if (UNIFORMS) {
-    for (int i = 0; i < 2 * pairs; ++i) s.unit[i] = signed_uniform(s.word23[i]);
+    for_calls(noise.uniforms, start, calls, [&](int at, Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+      store_alternating(weave(w0, w1), weave(w2, w3), s.word + 4 * at);
+    });
+    for (int i = 0; i < 4 * calls; ++i) s.unit[i] = signed_uniform(s.word[i]);
     *unit = arrange(s.unit, shape, block, s.moved_unit);
   }
 }
@@ -571,7 +595,7 @@ EXPORT(noise_perturb_resident)
  int64_t batch, int64_t channels, int64_t height, int64_t width, const float* signal,
  const float* noise, const float* radius, const int64_t* key, int flip, float fraction,
  float sigma, int64_t corrupt_seed, int threads, Runtime runtime) {
-  if (channels > BLOCK / 2) return UNSUPPORTED;
+  if (channels > BLOCK / 4) return UNSUPPORTED;
   const Shape shape(batch, 1, channels * height * width, channels);
   const StepNoise step(key);
   const uint64_t seed = (uint64_t)corrupt_seed;

@@ -24,6 +24,7 @@ enum Stream : uint32_t {
   STREAM_FLIP = 5,
   STREAM_CORRUPT_CHOICE = 6,
   STREAM_CORRUPT_NOISE = 7,
+  STREAM_DELTA = 12,
 };
 
 const uint32_t PHILOX_LAYOUT = 2;  // random.LAYOUT_VERSION

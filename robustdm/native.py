@@ -22,8 +22,8 @@ LEVELS = ("base", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LAMBDA_MODES = {"ray": 0, "x": 1, "std": 2}  # anything else: the radius
 SERIAL = 32_768  # up to so many elements, waking threads costs more than they save
-MAX_PLANAR = 192  # channels that a block of the C++ code can hold in contiguous memory
-FAILURES = {1: "out of memory", 2: "images of more than 192 channels"}
+MAX_PLANAR = 96  # channels that a block of the C++ code can hold in contiguous memory
+FAILURES = {1: "out of memory", 2: "images of more than 96 channels"}
 
 _POINTER = c_void_p
 _SIGNATURES = {

@@ -27,7 +27,8 @@ from torch import Tensor
 from robustdm.errors import UsageError
 
 # Part of every checkpoint: a run may only be resumed under the layout it was started with.
-# 2: ELEMENT draws for pairs of elements, in channels-last order; DROPOUT_MASK is new.
+# 2: ELEMENT draws for four elements at a time, in channels-last order; DROPOUT_MASK and DELTA are
+#    new.
 LAYOUT_VERSION = 2
 
 WORD = 0xFFFFFFFF
@@ -39,7 +40,7 @@ _ROUNDS = 10
 class Stream(IntEnum):
     """What a counter is used for. Numbers are part of the layout: never reuse or renumber."""
 
-    ELEMENT = 0  # per pair of elements of a training step: words 0, 1 -> eps; 2, 3 -> delta_ran
+    ELEMENT = 0  # per four elements of a training step: words 0, 1 and 2, 3 -> two of eps each
     SAMPLE = 1  # per sample of a training step: word 0 -> t; word 1 -> beta
     BATCH = 2  # per training step, index 0: word 1 -> the beta shared by the batch
     DROPOUT = 3  # per (micro-)batch, index = first sample: words 0, 1 -> seed of the generator
@@ -51,6 +52,7 @@ class Stream(IntEnum):
     SAMPLER_INIT = 9  # key (seed, 0), per element of the generated samples: x_T
     SAMPLER_STEP = 10  # key (seed, timestep), per element of the generated samples: z
     DROPOUT_MASK = 11  # + 256 * layer; per 8 channels of an activation: 16 bits -> kept or dropped
+    DELTA = 12  # per four elements of a training step: each word -> one of delta_ran
 
 
 def check_word(name: str, value: int) -> int:
@@ -143,8 +145,9 @@ def element_noise(
     """The noise of one training step: a normal and a signed uniform number for every element.
 
     Elements are counted in channels-last order, ``spatial * C + channel``, whatever the memory
-    format; call k of a sample serves its elements 2 k (cosine half, word 2) and 2 k + 1 (sine half,
-    word 3), so that a kernel needs half a call per element.
+    format, and call k of a sample serves its elements 4 k to 4 k + 3: of `Stream.ELEMENT` words 0
+    and 1 the first two normals (cosine and sine half), words 2 and 3 the other two; of
+    `Stream.DELTA` word j the j-th uniform. So a kernel needs a quarter of a call per number.
 
     Args:
         key: (3,) int64 on the device to draw on: seed, step, global index of the first sample.
@@ -155,17 +158,18 @@ def element_noise(
         eps and the uniform in (-1, 1), both of ``shape``; for images with channels-last strides.
     """
     numel = math.prod(shape[1:])
-    pairs = (numel + 1) // 2
-    index = torch.arange(shape[0] * pairs, device=key.device) + key[2] * pairs
+    calls = (numel + 3) // 4
+    index = torch.arange(shape[0] * calls, device=key.device) + key[2] * calls
     w0, w1, w2, w3 = philox(key[0], key[1], index, Stream.ELEMENT)
+    normals = *normal_pair(w0, w1, dtype), *normal_pair(w2, w3, dtype)
+    words = philox(key[0], key[1], index, Stream.DELTA)
     channels_last = (shape[0], *shape[2:], *shape[1:2])
 
-    def place(even: Tensor, odd: Tensor) -> Tensor:
-        flat = torch.stack((even, odd), 1).view(shape[0], 2 * pairs)[:, :numel]
+    def place(*values: Tensor) -> Tensor:
+        flat = torch.stack(values, 1).view(shape[0], 4 * calls)[:, :numel]
         return flat.reshape(channels_last).movedim(-1, min(1, len(shape) - 1))
 
-    uniforms = (signed_uniform(word, dtype) for word in (w2, w3))
-    return place(*normal_pair(w0, w1, dtype)), place(*uniforms)
+    return place(*normals), place(*(signed_uniform(word, dtype) for word in words))
 
 
 def dropout_mask(key: Tensor, shape: tuple[int, ...], layer: int, rate: float) -> Tensor:

@@ -341,7 +341,7 @@ def test_resident_flips_and_corrupts_what_the_reference_does():
 @needs_library
 def test_an_error_of_the_library_is_an_exception():
     one = torch.ones(1)
-    with pytest.raises(RuntimeError, match="noise_perturb_resident: images of more than 192"):
+    with pytest.raises(RuntimeError, match="noise_perturb_resident: images of more than 96"):
         native.noise_perturb_resident(
             torch.zeros(1, 193, 1, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), one,
             one, one, KEY, torch.float32, False, 0.0, 0.0, 0,
