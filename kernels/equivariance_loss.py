@@ -37,20 +37,20 @@ def _equivariance_loss_kernel(
     key,  # (3,) int64
     grad, grad_adv,  # like eps_pred
     partials,  # (2, B, blocks) float32: sums of (o - eps)^2 and of res^2
-    batch, numel, pairs, area, scale,
-    CHANNELS: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    batch, numel, calls, area, scale,
+    CHANNELS: tl.constexpr, QUADS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr, INVARIANCE: tl.constexpr, DETACH_CLEAN: tl.constexpr,
 ):
     sample = this_sample()
     if sample >= batch:
         return
-    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, PAIRS, VECTOR, ALIGNED)
+    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, QUADS, VECTOR, ALIGNED)
     clean = tl.load(eps_pred + offsets, inside, other=0).to(tl.float32)
     if eps_pred_adv is not None:
         residual = tl.load(eps_pred_adv + offsets, inside, other=0).to(tl.float32) - clean
         if delta is not None and not INVARIANCE:
             residual -= tl.load(delta + offsets, inside, other=0).to(tl.float32)
-    eps, unit = element_noise(key, sample, pairs, PAIRS, VECTOR, ALIGNED)
+    eps, unit = element_noise(key, sample, calls, QUADS, VECTOR, ALIGNED)
 
     blocks = tl.num_programs(0)
     place = sample * blocks + tl.program_id(0)
@@ -138,7 +138,7 @@ def equivariance_loss(
 
     total, fit, reg = radius.new_empty(()), radius.new_empty(batch), radius.new_empty(batch)
     numel, channels = eps_pred.numel() // batch, stream_channels(eps_pred)
-    grid, pairs, constants = plan(grad, channels)
+    grid, calls, constants = plan(grad, channels)
     blocks = grid[0]
     partials = radius.new_empty((2, batch, blocks))
     columns = min(TILE, triton.next_power_of_2(blocks))
@@ -146,7 +146,7 @@ def equivariance_loss(
     with torch.cuda.device_of(eps_pred):
         _equivariance_loss_kernel[grid](
             eps_pred, eps_pred_adv, delta, radius, lambda_t, key, grad, grad_adv, partials, batch,
-            numel, pairs, numel // channels, 2 / eps_pred.numel(), CHANNELS=channels,
+            numel, calls, numel // channels, 2 / eps_pred.numel(), CHANNELS=channels,
             DTYPE=TYPES[dtype], INVARIANCE=bool(invariance), DETACH_CLEAN=bool(detach_clean),
             **constants, enable_fp_fusion=False,
         )

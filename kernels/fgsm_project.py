@@ -31,17 +31,17 @@ def _fgsm_project_kernel(
     noise, radius,  # (B,) float32
     key,  # (3,) int64
     x_adv, delta,  # like xt
-    batch, numel, pairs, area,
-    CHANNELS: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    batch, numel, calls, area,
+    CHANNELS: tl.constexpr, QUADS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     sample = this_sample()
     if sample >= batch:
         return
-    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, PAIRS, VECTOR, ALIGNED)
+    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, QUADS, VECTOR, ALIGNED)
     x = tl.load(xt + offsets, inside).to(tl.float32)
     if gradient is not None:
         direction = tl.load(gradient + offsets, inside).to(tl.float32)
-    _, unit = element_noise(key, sample, pairs, PAIRS, VECTOR, ALIGNED)
+    _, unit = element_noise(key, sample, calls, QUADS, VECTOR, ALIGNED)
     noise_here, limit = tl.load(noise + sample), tl.load(radius + sample)
     start = (limit * unit).to(xt.dtype.element_ty).to(tl.float32)
     if gradient is None:
@@ -78,10 +78,10 @@ def fgsm_project(
     if xt.numel() == 0:
         return x_adv, delta
     numel, channels = xt.numel() // len(xt), stream_channels(xt)
-    grid, pairs, constants = plan(xt, channels)
+    grid, calls, constants = plan(xt, channels)
     with torch.cuda.device_of(xt):
         _fgsm_project_kernel[grid](
-            xt, gradient, noise, radius, key, x_adv, delta, len(xt), numel, pairs,
+            xt, gradient, noise, radius, key, x_adv, delta, len(xt), numel, calls,
             numel // channels, CHANNELS=channels, **constants, enable_fp_fusion=False,
         )
     return x_adv, delta

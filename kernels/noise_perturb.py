@@ -65,15 +65,15 @@ def _noise_perturb_kernel(
     signal, noise, radius,  # (B,) float32
     key,  # (3,) int64
     xt, x_ran,  # like x0
-    batch, numel, pairs, area,
-    CHANNELS: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    batch, numel, calls, area,
+    CHANNELS: tl.constexpr, QUADS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     sample = this_sample()
     if sample >= batch:
         return
-    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, PAIRS, VECTOR, ALIGNED)
+    offsets, inside = memory_offsets(sample, numel, area, CHANNELS, QUADS, VECTOR, ALIGNED)
     x = tl.load(x0 + offsets, inside).to(tl.float32)
-    eps, unit = element_noise(key, sample, pairs, PAIRS, VECTOR, ALIGNED)
+    eps, unit = element_noise(key, sample, calls, QUADS, VECTOR, ALIGNED)
     _diffuse_and_store(
         x, eps, unit, tl.load(signal + sample), tl.load(noise + sample),
         tl.load(radius + sample), xt, x_ran, offsets, inside,
@@ -87,20 +87,20 @@ def _noise_perturb_resident_kernel(
     signal, noise, radius,  # (B,) float32
     key,  # (3,) int64
     xt, x_ran,  # (B, H, W, C)
-    batch, numel, pairs, corrupt_seed, corrupt_fraction, corrupt_sigma,
+    batch, numel, calls, corrupt_seed, corrupt_fraction, corrupt_sigma,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     DATA_CHANNELS_LAST: tl.constexpr, FLIPS: tl.constexpr, CORRUPTS: tl.constexpr,
-    PAIRS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    QUADS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):
     sample = this_sample()
     if sample >= batch:
         return
-    offsets, inside = memory_offsets(sample, numel, 0, 1, PAIRS, VECTOR, ALIGNED)
+    offsets, inside = memory_offsets(sample, numel, 0, 1, QUADS, VECTOR, ALIGNED)
     item = tl.load(items + sample)
     seed, step, first_index = read_key(key)
 
     # Where each element comes from, in channels-last and in contiguous order.
-    source = tl.program_id(0) * (2 * PAIRS) + tl.arange(0, 2 * PAIRS)
+    source = tl.program_id(0) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     if FLIPS:
         who = first_index + sample
         word, _, _, _ = words(seed, step, who.to(tl.uint32), (who >> 32).to(tl.uint32), FLIP)
@@ -121,7 +121,7 @@ def _noise_perturb_resident_kernel(
             index = item * numel + contiguous
             x = x + corrupt_sigma * _corruption(corrupt_seed, index)
 
-    eps, unit = element_noise(key, sample, pairs, PAIRS, VECTOR, ALIGNED)
+    eps, unit = element_noise(key, sample, calls, QUADS, VECTOR, ALIGNED)
     _diffuse_and_store(
         x, eps, unit, tl.load(signal + sample), tl.load(noise + sample),
         tl.load(radius + sample), xt, x_ran, offsets, inside,
@@ -147,10 +147,10 @@ def noise_perturb(
     if x0.numel() == 0:
         return xt, x_ran
     numel, channels = x0.numel() // len(x0), stream_channels(x0)
-    grid, pairs, constants = plan(xt, channels)
+    grid, calls, constants = plan(xt, channels)
     with torch.cuda.device_of(x0):
         _noise_perturb_kernel[grid](
-            x0, signal, noise, radius, key, xt, x_ran, len(x0), numel, pairs, numel // channels,
+            x0, signal, noise, radius, key, xt, x_ran, len(x0), numel, calls, numel // channels,
             CHANNELS=channels, **constants, enable_fp_fusion=False,
         )
     return xt, x_ran
@@ -182,10 +182,10 @@ def noise_perturb_resident(
     if xt.numel() == 0:
         return xt, x_ran
     numel = channels * height * width
-    grid, pairs, constants = plan(xt, 1)
+    grid, calls, constants = plan(xt, 1)
     with torch.cuda.device_of(xt):
         _noise_perturb_resident_kernel[grid](
-            data, items, signal, noise, radius, key, xt, x_ran, len(items), numel, pairs,
+            data, items, signal, noise, radius, key, xt, x_ran, len(items), numel, calls,
             corrupt_seed, corrupt_fraction, corrupt_sigma,
             CHANNELS=channels, HEIGHT=height, WIDTH=width,
             DATA_CHANNELS_LAST=stream_channels(data) == 1, FLIPS=bool(flip),

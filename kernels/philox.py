@@ -7,9 +7,9 @@ Words and uniforms equal those of `robustdm.random` bit for bit, normals to a fe
 sine and cosine are the polynomials of Cephes, the same as in csrc/philox.h, since the GPU's own
 logarithm is too coarse near one, and may even be positive below it.
 
-A program serves ``PAIRS`` consecutive pairs of one sample's elements in channels-last order: one
-call of the generator gives both of a pair all they need. A thread makes the ``VECTOR`` neighbours
-that it loads and stores at a time, 16 bytes: no number passes through shared memory.
+A program serves ``QUADS`` consecutive fours of one sample's elements in channels-last order: one
+call of the generator gives a four its eps, another its delta. A thread makes the ``VECTOR``
+neighbours that it loads and stores at a time, 16 bytes: no number passes through shared memory.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Moshier, Cephes library
 (logf, sinf, cosf); Box & Muller 1958.
@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 # 16 elements a thread: what a program computes once, keys of ten rounds and addresses, then costs
-# little, and its 8 calls hide each other's latency. Twice as many save no more but half the threads
+# little, and its calls hide each other's latency. Twice as many save no more but half the threads
 # of a multiprocessor. 1024 elements divide samples of 3x32x32 and all larger powers of two.
-PAIRS = 512
+QUADS = 256
 WARPS = 2
 # The largest extent of a grid's second and third axis.
 GRID_LIMIT = tl.constexpr(65535)
@@ -36,6 +36,7 @@ FLIP = tl.constexpr(5)
 CORRUPT_CHOICE = tl.constexpr(6)
 CORRUPT_NOISE = tl.constexpr(7)
 DROPOUT_MASK = tl.constexpr(11)
+DELTA = tl.constexpr(12)
 
 
 @triton.jit
@@ -158,44 +159,43 @@ def normal_pair(word0, word1):
 
 
 @triton.jit
-def _pair_noise(
-    key, sample, pairs, K: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr,
+def _four_numbers(
+    key, sample, calls, K: tl.constexpr, QUADS: tl.constexpr, VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    # The K-th pair of every VECTOR elements: two normals and two uniforms.
+    # The K-th four of every VECTOR elements: normals and uniforms.
     seed, step, first_index = read_key(key)
-    first = (first_index + sample) * pairs + tl.program_id(0).to(tl.int64) * PAIRS
-    offset = tl.arange(0, 2 * PAIRS // VECTOR) * (VECTOR // 2) + K
+    first = (first_index + sample) * calls + tl.program_id(0).to(tl.int64) * QUADS
+    offset = tl.arange(0, 4 * QUADS // VECTOR) * (VECTOR // 4) + K
     w0, w1, w2, w3 = indexed_words(seed, step, first, offset, ELEMENT, ALIGNED)
-    even, odd = normal_pair(w0, w1)
-    return even, odd, signed_uniform(w2), signed_uniform(w3)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    w0, w1, w2, w3 = indexed_words(seed, step, first, offset, DELTA, ALIGNED)
+    u0, u1, u2, u3 = signed_uniform(w0), signed_uniform(w1), signed_uniform(w2), signed_uniform(w3)
+    return n0, n1, n2, n3, u0, u1, u2, u3
 
 
 @triton.jit
-def _woven(even, odd, PAIRS: tl.constexpr):
-    return tl.reshape(tl.join(even, odd), (2 * PAIRS,))
+def _woven(a, b, c, d, QUADS: tl.constexpr):
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * QUADS,))
 
 
 @triton.jit
 def element_noise(
-    key, sample, pairs, PAIRS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
+    key, sample, calls, QUADS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """eps and the signed uniform of the program's 2 PAIRS elements; ``pairs`` are a sample's.
+    """eps and the signed uniform of the program's 4 QUADS elements; ``calls`` are a sample's.
 
-    What a kernel does not use of it, the compiler removes.
+    What a kernel does not use of it, the compiler removes, the calls of the generator included.
     """
-    # One call for each pair of a vector, joined last: then the layout of the noise is that of the
-    # loads. Pairs in one long block would be exchanged between threads through shared memory.
-    e0, o0, u0, v0 = _pair_noise(key, sample, pairs, 0, PAIRS, VECTOR, ALIGNED)
-    if VECTOR >= 4:
-        e1, o1, u1, v1 = _pair_noise(key, sample, pairs, 1, PAIRS, VECTOR, ALIGNED)
-        if VECTOR == 8:
-            e2, o2, u2, v2 = _pair_noise(key, sample, pairs, 2, PAIRS, VECTOR, ALIGNED)
-            e3, o3, u3, v3 = _pair_noise(key, sample, pairs, 3, PAIRS, VECTOR, ALIGNED)
-            e0, o0, u0, v0 = tl.join(e0, e2), tl.join(o0, o2), tl.join(u0, u2), tl.join(v0, v2)
-            e1, o1, u1, v1 = tl.join(e1, e3), tl.join(o1, o3), tl.join(u1, u3), tl.join(v1, v3)
-        e0, o0, u0, v0 = tl.join(e0, e1), tl.join(o0, o1), tl.join(u0, u1), tl.join(v0, v1)
-    return _woven(e0, o0, PAIRS), _woven(u0, v0, PAIRS)
+    # One call for each four of a vector, joined last: then the layout of the noise is that of the
+    # loads. Calls in one long block would be exchanged between threads through shared memory.
+    a, b, c, d, u, v, w, x = _four_numbers(key, sample, calls, 0, QUADS, VECTOR, ALIGNED)
+    if VECTOR == 8:
+        e, f, g, h, p, q, r, s = _four_numbers(key, sample, calls, 1, QUADS, VECTOR, ALIGNED)
+        a, b, c, d = tl.join(a, e), tl.join(b, f), tl.join(c, g), tl.join(d, h)
+        u, v, w, x = tl.join(u, p), tl.join(v, q), tl.join(w, r), tl.join(x, s)
+    return _woven(a, b, c, d, QUADS), _woven(u, v, w, x, QUADS)
 
 
 @triton.jit
@@ -206,17 +206,17 @@ def this_sample():
 
 @triton.jit
 def memory_offsets(
-    sample, numel, area, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, VECTOR: tl.constexpr,
+    sample, numel, area, CHANNELS: tl.constexpr, QUADS: tl.constexpr, VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Where the program's 2 PAIRS elements lie, and which of them exist.
+    """Where the program's 4 QUADS elements lie, and which of them exist.
 
     With CHANNELS 1 memory is in the stream's order; else it is (B, CHANNELS, area).
     """
-    first = tl.program_id(0).to(tl.int64) * (2 * PAIRS)
+    first = tl.program_id(0).to(tl.int64) * (4 * QUADS)
     # Where loads are narrower than stores, the hint keeps a thread's share the same.
-    i = tl.max_contiguous(tl.arange(0, 2 * PAIRS), VECTOR)
-    inside = i < (2 * PAIRS if ALIGNED else numel - first)  # the compiler sees that all are
+    i = tl.max_contiguous(tl.arange(0, 4 * QUADS), VECTOR)
+    inside = i < (4 * QUADS if ALIGNED else numel - first)  # the compiler sees that all are
     if CHANNELS == 1:
         return (sample * numel + first) + i, inside
     # Only the program's own elements are divided, in 32 bits.
@@ -236,20 +236,20 @@ def plan(stored: torch.Tensor, channels: int) -> tuple[tuple[int, int, int], int
     """How to launch a kernel that stores tensors like ``stored``, (B, ...).
 
     Returns:
-        The grid of (blocks, samples), the number of pairs of a sample, and the constants PAIRS,
+        The grid of (blocks, samples), the calls that a sample takes, and the constants QUADS,
         VECTOR, ALIGNED and num_warps. Small samples get small programs. ALIGNED: they divide a
-        sample, so that a program's first index is a multiple of PAIRS, a power of two.
+        sample, so that a program's first index is a multiple of QUADS, a power of two.
     """
     batch, limit = len(stored), GRID_LIMIT.value
     numel = stored.numel() // batch
-    pairs = (numel + 1) // 2
-    block = min(PAIRS, triton.next_power_of_2(pairs))
+    calls = (numel + 3) // 4
+    block = min(QUADS, triton.next_power_of_2(calls))
     vector = 16 // stored.element_size()
-    if channels > 1 or numel % vector or vector > 2 * block:
-        vector = 2
-    grid = (triton.cdiv(pairs, block), min(batch, limit), triton.cdiv(batch, limit))
-    warps = max(1, WARPS * block // PAIRS)
-    aligned = numel % (2 * block) == 0
-    return grid, pairs, {
-        "PAIRS": block, "VECTOR": vector, "ALIGNED": aligned, "num_warps": warps
+    if channels > 1 or numel % vector or vector > 4 * block:
+        vector = 4
+    grid = (triton.cdiv(calls, block), min(batch, limit), triton.cdiv(batch, limit))
+    warps = max(1, WARPS * block // QUADS)
+    aligned = numel % (4 * block) == 0
+    return grid, calls, {
+        "QUADS": block, "VECTOR": vector, "ALIGNED": aligned, "num_warps": warps
     }
