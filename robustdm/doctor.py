@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine() -> dict:
     """All that the doctor says, JSON-able: environment, ops, self_check, ok."""
-    checks = [check for device in devices() for check in self_check(device)]
+    checks = self_check()
     return {
         "environment": environment(),
         "ops": {device.type: choices(device) for device in devices()},
         "self_check": checks,
-        "ok": all(check["pass"] for check in checks),
+        "ok": all(check["passed"] for check in checks),
     }
 
 
@@ -174,16 +174,20 @@ def choices(device: torch.device) -> dict[str, dict]:
 # Whether it is right.
 
 
-def self_check(device: torch.device) -> list[dict]:
-    """Run every op on every backend that is on; one result each, the worst of its dtypes."""
+def self_check() -> list[dict]:
+    """Run every op on every device and backend that is on; one result each, its worst dtype's.
+
+    Returns:
+        For each: op, backend, device, error (relative), tolerance, passed, and problem if it
+        raised.
+    """
     from robustdm import ops
 
-    found = []
-    for op in ops.OPS:
-        for backend in ops.BACKENDS[1:]:
-            if ops.why_off(backend, op, device) is None:
-                found.append(_check(op, backend, device))
-    return found
+    return [
+        _check(op, backend, device)
+        for device in devices() for op in ops.OPS for backend in ops.BACKENDS[1:]
+        if ops.why_off(backend, op, device) is None
+    ]
 
 
 def _check(op: str, backend: str, device: torch.device) -> dict:
@@ -204,12 +208,12 @@ def _check(op: str, backend: str, device: torch.device) -> dict:
                 pairs = PROBES[op](device, dtype, backend)
             error = max(relative_error(got, expected) for got, expected in pairs)
         except Exception as failure:  # of any kind: saying which is what this command is for
-            return dict(result, error=None, tolerance=tolerance, **{"pass": False},
+            return dict(result, error=None, tolerance=tolerance, passed=False,
                         problem=f"{type(failure).__name__}: {_line(failure)}")
         if not error / tolerance <= worst["error"] / worst["tolerance"]:
             worst = dict(result, error=error, tolerance=tolerance)
     # NaN compares as false, hence fails.
-    return dict(worst, **{"pass": worst["error"] <= worst["tolerance"]})
+    return dict(worst, passed=worst["error"] <= worst["tolerance"])
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -233,7 +237,7 @@ def _batch(device: torch.device, dtype: torch.dtype) -> tuple:
     return a, b, signal, noise, radius, torch.tensor([7, 11, 5], device=device)
 
 
-def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def _wide(*tensors):
     return [t.double() for t in tensors]
 
 
@@ -335,8 +339,7 @@ def _probe_adamw_ema(device, dtype, backend):
     got, expected = state(torch.float32), state(torch.float64)
     ops.adamw_ema(*got, **scalars, weight_decay=0.1, backend=backend)
     # The same float32 scalars in float64: 0.9 is not the same number in both.
-    wide = [v.double() for v in scalars.values()]
-    reference.adamw_ema(*expected, *wide, 0.9, 0.999, 1e-8, 0.1)
+    reference.adamw_ema(*expected, *_wide(*scalars.values()), 0.9, 0.999, 1e-8, 0.1)
     pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(got[:5], expected[:5], strict=True)]
     # What the copy must be is the rounded weight.
     return [*pairs, (torch.cat(got[5]), torch.cat(got[0]).bfloat16())]
@@ -378,12 +381,11 @@ def as_text(found: dict) -> str:
             lines.append(f"  {backend} is off for {which}: {reason}")
     lines += ["", "Self-check: relative error to the float64 reference"]
     rows = {
-        f"  {'PASS' if c['pass'] else 'FAIL'}  {c['op']}, {c['backend']} on {c['device']}": {
-            "error": c["error"], "allowed": c["tolerance"],
-        } for c in found["self_check"]
+        f"  {'PASS' if c['passed'] else 'FAIL'}  {c['op']}, {c['backend']} on {c['device']}": {
+            "error": c["error"], "allowed": c["tolerance"]} for c in found["self_check"]
     }
     lines.append(text_table(rows))
-    failed = [c for c in found["self_check"] if not c["pass"]]
+    failed = [c for c in found["self_check"] if not c["passed"]]
     lines += [f"  {c['op']}, {c['backend']} on {c['device']}: {c['problem']}"
               for c in failed if "problem" in c]
     if failed:

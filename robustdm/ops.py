@@ -28,6 +28,7 @@ from robustdm.arguments import (
     channels_last,
     check_device,
     check_float,
+    check_items,
     check_key,
     check_like,
     check_per_sample,
@@ -242,6 +243,7 @@ def _noise_perturb_resident(
     corrupt_seed: int, backend: str,
 ) -> tuple[Tensor, Tensor]:
     check_values("noise_perturb_resident", radius)
+    check_items("noise_perturb_resident", items, len(data))
     module = _implementation("noise_perturb_resident", backend, data.device, dtype)
     outputs = module.noise_perturb_resident(
         data, items, signal, noise, radius, key, dtype, flip, corrupt_fraction, corrupt_sigma,

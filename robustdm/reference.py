@@ -385,13 +385,16 @@ def adamw_ema(
     Source: Loshchilov & Hutter 2019, algorithm 2; Kingma & Ba 2015.
     """
     keep = skip == 0
-    step_size = lr / (1 - beta1**step)
+    # In float32, 1 - 0.999^1 has but four good digits.
+    correction1, correction2 = (1 - b ** step.double() for b in (beta1, beta2))
+    step_size = (lr / correction1).float()
+    root = correction2.sqrt().float()
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         m, v = exp_avgs[i], exp_avg_sqs[i]
         g = g * factor
         m.copy_(torch.where(keep, beta1 * m + (1 - beta1) * g, m))
         v.copy_(torch.where(keep, beta2 * v + (1 - beta2) * g * g, v))
-        scale = (v / (1 - beta2**step)).sqrt() + tiny
+        scale = v.sqrt() / root + tiny
         moved = p * (1 - lr * weight_decay) - step_size * m / scale
         p.copy_(torch.where(keep, moved, p))
         if averages:

@@ -536,6 +536,8 @@ BAD = [
     ("noise_perturb", dict(backend="cuda"), "backend is 'cuda': choose one of auto, torch, cpp"),
     ("noise_perturb_resident", dict(data=torch.zeros(2, 3, 4, 4)), r"data is torch.float32 of sha"),
     ("noise_perturb_resident", dict(items=torch.zeros(2)), r"items is torch.float32"),
+    ("noise_perturb_resident", dict(items=torch.tensor([0, 2])), "items range from 0 to 2: data ha"),
+    ("noise_perturb_resident", dict(items=torch.tensor([-1, 0])), "items range from -1 to 0"),
     ("noise_perturb_resident", dict(corrupt_fraction=2.0), "corrupt_fraction is 2.0"),
     ("fgsm_project", dict(gradient=torch.zeros(2, 3)), r"gradient has shape \(2, 3\), xt \(2"),
     ("fgsm_project", dict(gradient=torch.zeros(2, 3, 4, 4, device="meta")), "gradient is on meta"),
