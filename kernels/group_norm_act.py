@@ -24,9 +24,10 @@ plain              2  (x; y)                   3  (dy, x; dx)
 with a residual    4  (x, residual; v, y)      3, or 4 with dv
 =================  ==========================  ======================
 
-The resident path reads each of them once, into registers. The split path, for tiles that do not
-fit, reads the inputs twice; it works through the batch in chunks, so that the second time they
-come from the L2 cache.
+Three paths, chosen by `plan`. Resident: a program holds all positions of a few groups in registers
+and reads each byte once. Loop: it goes over them twice, the second time out of the cache. Split:
+groups too large for one program are cut by positions, with partial statistics in between, and the
+batch is worked through in chunks, so that the second time they come from the L2 cache.
 
 Source: Wu & He 2018; Chan et al. 1983 (merging variances); Salmon et al. 2011 (Philox).
 """
@@ -46,21 +47,24 @@ from torch import Tensor
 _STREAM = 11
 _LAYOUT: tl.constexpr = tl.constexpr(2)
 
-# Elements a thread holds per tile. One float32 tile of 64 leaves 128 registers to hold it twice and
-# the channels' constants, two blocks per SM; the backward holds two tiles, hence half.
+# Elements a thread holds per tile. 64 in float32, twice (v and its square or y), and the channels'
+# constants fit 128 registers; the backward holds two tiles, hence half.
 _FORWARD_PER_THREAD = 64
 _BACKWARD_PER_THREAD = 32
 # In a loop, a thread's tile is two rows of eight channels: sums are kept per element of the tile.
-_LOOP_PER_THREAD = 16
-# A tile in registers: 8 warps of the above, so that two programs share an SM and one computes
-# while the other loads.
+# Programs of 4 warps, for the dropout's registers vary with the compiler: 168 of them still leave
+# three programs, 12 warps, per SM, where 8 warps would leave one.
+_LOOP_PER_THREAD, _LOOP_WARPS = 16, 4
+# A tile that stays in registers: 8 warps forward, 4 backward, so that several programs share an SM
+# and some compute while others load. Larger ones lose more by waiting than by reading L1 again.
 _RESIDENT_FORWARD = 8 * 32 * _FORWARD_PER_THREAD
-_RESIDENT_BACKWARD = 8 * 32 * _BACKWARD_PER_THREAD
-# Bytes one program may read twice in a loop: two such programs fit the L1 cache of an SM.
+_RESIDENT_BACKWARD = 4 * 32 * _BACKWARD_PER_THREAD
+# Bytes one program may read twice in a loop: two fit the L1 cache of an SM; what three or four
+# per SM lose of it comes from L2, which holds all of them.
 _LOOP_BYTES = 96 * 2**10
-# A slab's row is one sector of 32 bytes at least; where tiles are small, up to a cache line.
+# A slab's row is one sector of 32 bytes at least; while tiles stay small, up to a cache line.
 _SECTOR, _LINE = 32, 128
-_SMALL_TILE = 4096
+_SMALL_TILE = 2048
 # Bytes read twice per chunk of the split path: well inside the L2 of 40 (A100) to 60 MB.
 _CHUNK_BYTES = 32 * 2**20
 # Programs per chunk: about 8 blocks of 4 warps on each of 132 SMs; more splits than 128 would make
@@ -108,7 +112,8 @@ def plan(shape: tuple[int, int, int], groups: int, itemsize: int, reads: int, li
     def finish(path: str, rows: int, per_thread: int, **rest: int) -> Plan:
         elements = rows * width(slab)
         warps = max(elements // (32 * per_thread), min(4, elements // 256), 1)
-        return Plan(path, slab, triton.cdiv(groups, slab), rows, width(slab), min(16, warps), **rest)
+        slabs = triton.cdiv(groups, slab)
+        return Plan(path, slab, slabs, rows, width(slab), min(16, warps), **rest)
 
     def widen(line: int, limit: int) -> int:
         wide = slab
@@ -119,12 +124,12 @@ def plan(shape: tuple[int, int, int], groups: int, itemsize: int, reads: int, li
     slab = widen(_LINE, _SMALL_TILE)
     if rows * width(slab) <= limit:
         return finish("resident", rows, per_thread)
-    loop_rows = min(rows, max(1, 8 * 32 * _LOOP_PER_THREAD // width(slab)))
+    loop_rows = min(rows, max(1, _LOOP_WARPS * 32 * _LOOP_PER_THREAD // width(slab)))
     if positions * slab * size * itemsize * reads <= _LOOP_BYTES:
         return finish("loop", loop_rows, _LOOP_PER_THREAD)
     rows = 1
     slab = widen(2 * _SECTOR, _SMALL_TILE)
-    rows = max(1, 4 * 32 * _LOOP_PER_THREAD // width(slab))
+    rows = max(1, _LOOP_WARPS * 32 * _LOOP_PER_THREAD // width(slab))
     blocks = triton.cdiv(positions, rows)
     sample_bytes = positions * channels * itemsize * reads
     chunk = min(batch, max(1, _CHUNK_BYTES // sample_bytes))
@@ -551,7 +556,7 @@ def _on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _random(key: Tensor | None, layer: int, dropout: float) -> tuple[Tensor | None, int, int, float]:
+def _random(key: Tensor | None, layer: int, dropout: float):
     """key, stream, threshold, inv_keep; a key of None means no dropout."""
     if not dropout:
         return None, 0, 0, 1.0

@@ -1,0 +1,317 @@
+"""The GroupNorm kernels against the float64 oracle, in Triton's interpreter."""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from robustdm import random, reference  # noqa: E402
+from robustdm.kernels import group_norm_act as kernels  # noqa: E402
+
+if os.environ["TRITON_INTERPRET"] != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+# Relative Frobenius errors; the interpreter truncates to bfloat16, hence a whole ulp.
+FORWARD = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+BACKWARD = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+# Limits that send small tensors down each path, in several steps, splits and chunks.
+PATHS = {
+    "resident": {},
+    "loop": {"_RESIDENT_FORWARD": 0, "_RESIDENT_BACKWARD": 0, "_LOOP_PER_THREAD": 4,
+             "_LOOP_WARPS": 1},
+    "split": {"_RESIDENT_FORWARD": 0, "_RESIDENT_BACKWARD": 0, "_LOOP_PER_THREAD": 4,
+              "_LOOP_WARPS": 1, "_LOOP_BYTES": 0, "_PROGRAMS": 6, "_CHUNK_BYTES": 10000},
+}
+ALL = ("affine", "scale", "add", "residual", "silu", "dropout")
+
+# shape, groups, features: together every feature alone and with the others, and odd shapes.
+CASES = [
+    ((3, 6, 7, 5), 3, ALL),
+    ((2, 12, 5, 3), 4, ("affine", "silu")),
+    ((2, 24, 5, 3), 2, ("affine", "add", "silu", "dropout")),
+    ((2, 16, 3, 7), 8, ("scale", "residual")),
+    ((2, 40, 3, 3), 4, ("affine", "dropout")),
+    ((1, 20, 4, 4), 1, ()),
+    ((2, 8, 1, 1), 2, ("affine", "residual", "silu", "dropout")),
+    ((1, 5, 3, 3), 5, ("add", "silu", "dropout")),
+    ((1, 48, 9), 12, ("affine", "scale", "silu")),
+    ((2, 6, 2, 3, 2), 2, ("residual", "affine", "silu")),
+    ((2, 96, 3, 2), 24, ALL),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fill every new output with NaN, so that an element left unwritten is noticed."""
+    def poisoned(make):
+        def call(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return call
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    for name, value in PATHS[request.param].items():
+        assert hasattr(kernels, name)
+        monkeypatch.setattr(kernels, name, value)
+    return request.param
+
+
+@contextmanager
+def recorded_plans():
+    """Collect the plans that the launch functions make."""
+    original, plans = kernels.plan, []
+
+    def record(*args):
+        plans.append(original(*args))
+        return plans[-1]
+
+    kernels.plan = record
+    try:
+        yield plans
+    finally:
+        kernels.plan = original
+
+
+def images(shape, dtype, seed):
+    """Normal numbers with channels-last strides, which are those of a permuted view."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(shape[0], *shape[2:], shape[1], generator=generator)
+    return flat.to(dtype).movedim(-1, 1)
+
+
+def arguments(shape, features, dtype, parameter_dtype=torch.float32):
+    """The tensors of a call: x, weight, bias, scale, shift, add, residual, and the options."""
+    batch, channels = shape[:2]
+    generator = torch.Generator().manual_seed(3)
+
+    def parameter(name, *size):
+        value = torch.randn(size, generator=generator).to(parameter_dtype)
+        return value if name in features else None
+
+    tensors = {
+        "x": images(shape, dtype, 1) + 0.5,
+        "weight": parameter("affine", channels), "bias": parameter("affine", channels),
+        "scale": parameter("scale", batch, channels), "shift": parameter("scale", batch, channels),
+        "add": parameter("add", batch, channels),
+        "residual": images(shape, dtype, 2) if "residual" in features else None,
+    }
+    options = {
+        "silu": "silu" in features, "dropout": 0.3 if "dropout" in features else 0.0,
+        "key": torch.tensor([5, 2**31 + 7, 11]), "layer": 3,
+    }
+    return tensors, options
+
+
+def forward(tensors, options, groups, tiny=1e-5):
+    t, o = tensors, options
+    return kernels.group_norm_act_forward(
+        t["x"], groups, t["weight"], t["bias"], t["scale"], t["shift"], t["add"], t["residual"],
+        o["silu"], o["dropout"], o["key"], o["layer"], tiny,
+    )
+
+
+def backward(tensors, options, groups, saved, dy, dv, need_sums=True):
+    t, o = tensors, options
+    v, mean, rstd = saved
+    v, add = (t["x"], t["add"]) if t["residual"] is None else (v, None)
+    return kernels.group_norm_act_backward(
+        dy, v, mean, rstd, groups, t["weight"], t["bias"], t["scale"], t["shift"], add,
+        o["silu"], o["dropout"], o["key"], o["layer"], dv, need_sums,
+    )
+
+
+def gradients(tensors, sums):
+    """What `robustdm.ops` makes of the sums."""
+    du, du_xhat, dx = sums.unbind(-1)
+    gain = 1.0 if tensors["scale"] is None else 1 + tensors["scale"].float()
+    weight, bias = (tensors[n] for n in ("weight", "bias"))
+    return {
+        "weight": (du_xhat * gain).sum(0), "bias": (du * gain).sum(0), "shift": du, "add": dx,
+        "scale": du_xhat if weight is None else weight.float() * du_xhat + bias.float() * du,
+    }
+
+
+def oracle(tensors, options, groups, dy=None, dv=None):
+    """y and v in float64, and the gradients for cotangents dy and dv."""
+    leaves = {
+        n: None if t is None else t.detach().double().requires_grad_() for n, t in tensors.items()
+    }
+    y, v = reference.group_norm_act(groups=groups, **leaves, **options)
+    if dy is None:
+        return y.detach(), v.detach(), {}
+    inputs = {n: t for n, t in leaves.items() if t is not None}
+    total = (y * dy.double()).sum() + (0 if dv is None else (v * dv.double()).sum())
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    return y.detach(), v.detach(), dict(zip(inputs, grads, strict=True))
+
+
+def error(got, wanted, scale=0.0):
+    """Relative to the norm of what is wanted, or to ``scale`` where that is nearly zero."""
+    assert got.shape == wanted.shape
+    return float((got.double() - wanted).norm() / max(wanted.norm(), scale, 1e-12))
+
+
+def check(shape, groups, features, dtype, parameter_dtype=torch.float32):
+    tensors, options = arguments(shape, features, dtype, parameter_dtype)
+    dy = images(shape, dtype, 4)
+    dv = images(shape, dtype, 5) if "residual" in features else None
+    wanted_y, wanted_v, wanted = oracle(tensors, options, groups, dy, dv)
+    with recorded_plans() as plans:
+        y, v, mean, rstd = forward(tensors, options, groups)
+        dx, sums = backward(tensors, options, groups, (v, mean, rstd), dy, dv)
+
+    assert y.dtype == dx.dtype == dtype and y.stride() == dx.stride() == tensors["x"].stride()
+    assert mean.dtype == rstd.dtype == sums.dtype == torch.float32
+    assert error(y, wanted_y) < FORWARD[dtype]
+    if "residual" in features:
+        assert error(v, wanted_v) < FORWARD[dtype]
+    else:
+        assert v.numel() == 0
+    assert error(dx, wanted["x"]) < BACKWARD[dtype]
+    for name, got in gradients(tensors, sums).items():
+        if name in wanted:
+            # In a group of one channel, nothing is left of the sum of dx but rounding.
+            assert error(got, wanted[name], wanted["x"].norm()) < BACKWARD[dtype], name
+    return plans
+
+
+@pytest.mark.parametrize("shape, groups, features", CASES)
+def test_forward_and_backward_equal_the_oracle(path, shape, groups, features):
+    plans = check(shape, groups, features, torch.float32)
+    if shape[2:] != (1, 1):
+        assert {p.path for p in plans} == {path}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(path, dtype):
+    check((2, 24, 5, 3), 4, ALL, dtype)
+    check((2, 24, 5, 3), 2, ("affine", "add", "silu"), dtype, parameter_dtype=dtype)
+
+
+def test_paths_are_exercised_in_pieces(monkeypatch):
+    """The limits above do cut: several loop steps, splits and chunks, a last tile that is short."""
+    for name, value in PATHS["split"].items():
+        monkeypatch.setattr(kernels, name, value)
+    forward_plan, backward_plan = check((3, 6, 7, 5), 3, ALL, torch.float32)
+    assert backward_plan.splits > 1 and 35 % backward_plan.split_rows
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 4000)
+    plans = check((3, 24, 7, 5), 2, ("affine", "silu", "dropout"), torch.float32)
+    assert all(p.chunk < 3 and p.splits > 1 for p in plans)
+    assert any(p.split_rows > p.rows for p in plans)
+
+
+def test_without_sums_the_input_gradient_is_the_same(path):
+    shape, groups = (2, 12, 5, 3), 3
+    tensors, options = arguments(shape, ALL, torch.float32)
+    _, *saved = forward(tensors, options, groups)
+    dy = images(shape, torch.float32, 4)
+    with_sums, _ = backward(tensors, options, groups, saved, dy, None)
+    dx, sums = backward(tensors, options, groups, saved, dy, None, need_sums=False)
+    assert sums.numel() == 0 and torch.equal(dx, with_sums)
+
+
+@pytest.mark.parametrize("first", [0, 2**33 + 5])
+def test_dropout_is_that_of_the_reference_however_the_batch_is_split(path, first):
+    shape, groups, layer, rate = (3, 12, 4, 5), 3, 70, 0.4
+    tensors, options = arguments(shape, ("affine", "dropout"), torch.float32)
+    options |= {"layer": layer, "dropout": rate, "key": torch.tensor([2**32 - 1, 9, first])}
+    y = forward(tensors, options, groups)[0]
+    assert torch.equal(y != 0, random.dropout_mask(options["key"], shape, layer, rate))
+    tensors["x"], options["key"] = tensors["x"][1:], options["key"] + torch.tensor([0, 0, 1])
+    assert torch.allclose(forward(tensors, options, groups)[0], y[1:], rtol=1e-6, atol=1e-6)
+
+
+def test_a_large_mean_keeps_accuracy(path):
+    """An error of 3e-5 is that of a mean of 1000 in float32; a naive variance loses everything."""
+    shape, groups = (2, 12, 5, 3), 3
+    tensors, options = arguments(shape, ("affine", "silu"), torch.float32)
+    tensors["x"] += 1000
+    dy = images(shape, torch.float32, 4)
+    wanted_y, _, wanted = oracle(tensors, options, groups, dy)
+    y, *saved = forward(tensors, options, groups)
+    dx, _ = backward(tensors, options, groups, saved, dy, None)
+    assert error(y, wanted_y) < 1e-4 and error(dx, wanted["x"]) < 3e-4
+
+
+def test_a_constant_input_gives_the_activated_bias(path):
+    shape = (2, 12, 5, 3)
+    tensors, options = arguments(shape, ("affine", "silu"), torch.float32)
+    tensors["x"].fill_(0.7)
+    y, *saved = forward(tensors, options, 3)
+    bias = torch.nn.functional.silu(tensors["bias"]).view(1, -1, 1, 1).expand(shape)
+    assert torch.allclose(y, bias, atol=2e-4)
+    dx, sums = backward(tensors, options, 3, saved, images(shape, torch.float32, 4), None)
+    assert torch.isfinite(dx).all() and torch.isfinite(sums).all()
+
+
+def test_tiny_is_added_to_the_variance(path):
+    tensors, options = arguments((1, 8, 3, 3), (), torch.float32)
+    y, _, mean, rstd = forward(tensors, options, 2, tiny=0.5)
+    grouped = tensors["x"].double().reshape(1, 2, -1)
+    assert error(mean, grouped.mean(-1)) < 1e-6
+    assert error(rstd, (grouped.var(-1, unbiased=False) + 0.5).rsqrt()) < 1e-6
+
+
+@pytest.mark.parametrize("features", [("add",), ("add", "residual")])
+def test_statistics_are_those_of_the_rounded_sum(path, features):
+    """Else the backward, which sees the rounded v, would use the statistics of something else."""
+    tensors, options = arguments((2, 24, 3, 3), features, torch.float16)
+    mean = forward(tensors, options, 6)[2]
+    rounded = oracle(tensors, options, 6)[1].half().double()
+    assert error(mean, rounded.reshape(2, 6, -1).mean(-1)) < 1e-6
+
+
+def test_nan_inputs_stay_in_their_group(path):
+    tensors, options = arguments((2, 24, 3, 3), ("affine", "silu"), torch.float32)
+    clean = forward(tensors, options, 6)[0]
+    tensors["x"][0, 5, 1, 1] = torch.nan
+    y = forward(tensors, options, 6)[0]
+    assert torch.isnan(y[0, 4:8]).all()
+    assert torch.equal(y[0, 8:], clean[0, 8:]) and torch.equal(y[1], clean[1])
+    assert torch.equal(y[0, :4], clean[0, :4])
+
+
+def test_empty_batch():
+    tensors, options = arguments((0, 8, 3, 3), ALL, torch.float32)
+    y, *saved = forward(tensors, options, 2)
+    dx, sums = backward(tensors, options, 2, saved, tensors["x"], None)
+    assert y.shape == dx.shape == (0, 8, 3, 3) and sums.shape == (0, 8, 3)
+
+
+def test_dropout_constants_are_those_of_the_random_module():
+    assert kernels._STREAM == random.Stream.DROPOUT_MASK
+    assert kernels._LAYOUT.value == random.LAYOUT_VERSION
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_plan_covers_its_tensor(itemsize):
+    sides = (1, 2, 7, 8, 16, 32, 50, 64, 128, 256)
+    widths = ((32, 32), (64, 32), (96, 32), (128, 32), (384, 32), (640, 32), (1024, 32), (6, 3),
+              (20, 1), (60, 12), (512, 1))
+    for batch in (1, 32):
+        for side in sides:
+            for channels, groups in widths:
+                size = channels // groups
+                for reads, limit, each in ((1, 2**14, 64), (2, 2**12, 32)):
+                    p = kernels.plan((batch, side**2, channels), groups, itemsize, reads, limit,
+                                     each)
+                    assert p.slab * p.slabs >= groups > p.slab * (p.slabs - 1)
+                    assert p.slab * size <= p.cols and (p.slabs == 1 or p.slab * size % 8 == 0)
+                    for n in (p.rows, p.cols, p.num_warps):
+                        assert n > 0 and n & (n - 1) == 0
+                    assert p.rows * p.cols <= 2**14 and p.num_warps <= 8
+                    assert p.path != "resident" or p.rows >= side**2
+                    if p.path == "split":
+                        assert p.splits <= 128 and p.split_rows % p.rows == 0 and p.chunk >= 1
+                        assert p.splits * p.split_rows >= side**2 > (p.splits - 1) * p.split_rows
