@@ -20,6 +20,7 @@ CPU_SAMPLE = 5e-3  # seconds of work per sample: far above the clock's and the s
 CUDA_SAMPLE = 2e-3  # seconds of replays per sample: launch gaps are microseconds
 CUDA_GRAPH = 1e-4  # seconds of work per graph
 L2_TIMES = 3
+MOST_COPIES = 200  # of inputs too small to fill the cache
 
 Call = Callable[..., object]
 
@@ -44,7 +45,7 @@ def copies_needed(nbytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(L2_TIMES * cache / max(1, nbytes)))
+    return min(MOST_COPIES, max(2, math.ceil(L2_TIMES * cache / max(1, nbytes))))
 
 
 def duplicate(value):
@@ -153,7 +154,7 @@ def copy_curve(device: torch.device, sizes: Sequence[int]) -> list[dict[str, flo
 
         copy(*sets[0])
         timer = cuda_timer(copy, sets) if device.type == "cuda" else cpu_timer(copy, sets[0])
-        ms = statistics.median(timer.sample() for _ in range(5))
+        ms = min(timer.sample() for _ in range(7))  # a ceiling: what the machine can do
         curve.append({"bytes": nbytes, "gb_s": nbytes / ms / 1e6})
         del sets
     return curve

@@ -21,6 +21,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from robustdm import native, reference
 from robustdm.arguments import (
@@ -400,10 +401,14 @@ def _equivariance_loss_setup(ctx, inputs, output):
 
 
 def _equivariance_loss_backward(ctx, grad_total, *unused):
-    grad, grad_adv = ctx.saved_tensors
-    clean = (grad_total * grad).to(ctx.dtype)
-    adv = (grad_total * grad_adv).to(ctx.dtype) if ctx.has_adv else None
-    return clean, adv, *[None] * 8
+    # On a CPU a look at the number is free, and it is 1 but for accumulated batches; on a GPU the
+    # look would cost more than the product.
+    whole = grad_total.device.type == "cpu" and not torch.compiler.is_compiling() and (
+        not is_fake(grad_total) and grad_total.item() == 1)
+    clean, adv = (
+        (grad if whole else grad_total * grad).to(ctx.dtype) for grad in ctx.saved_tensors
+    )
+    return clean, adv if ctx.has_adv else None, *[None] * 8
 
 
 _equivariance_loss.register_autograd(

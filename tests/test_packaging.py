@@ -79,7 +79,8 @@ LAYERS = {
     "metrics": ("random",),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
              "data"),
-    "models": ("errors", "models", "training.config"),
+    "dropout": (),
+    "models": ("errors", "models", "ops", "dropout", "training.config"),
 }
 ENTRY_POINTS = ("train", "sample", "reproduce")
 

@@ -1,0 +1,173 @@
+"""``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch.
+
+Every provider is checked first: no speed is printed for a wrong result, and the exit code is 1.
+benchmarks/README.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# The checkout's own package, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import elementwise
+import network
+import report
+import torch
+import tyro
+from case import Case
+from measure import Budget, measure
+from timing import Sensors, copy_curve
+
+from robustdm.cli import guard
+from robustdm.errors import UsageError
+from robustdm.training.progress import duration
+from robustdm.training.rundir import git_revision, write_json
+
+MINUTES = {"cuda": 4.0, "cpu": 3.0}
+SLACK = 12.0  # seconds for the imports, and for what comes after the last case
+COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range(20, 29)]}
+TINY_COPY = [2**20]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time the fused ops against eager torch, torch.compile and each other."""
+
+    suite: Literal["kernels", "cpu"]
+    """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU."""
+    only: str = ""
+    """Only cases whose name holds this."""
+    repeats: int = 15
+    """Samples of each provider at most; slow ones get fewer, to stay within the time."""
+    minutes: float | None = None
+    """Time for the suite; by default 4 on a GPU, 3 on a CPU. More time compiles more cases."""
+    out: Path | None = None
+    """Write the record, JSON, to this file."""
+    plot: Path | None = None
+    """Write a picture, PNG: bandwidth over bytes, with that of a copy."""
+    list: bool = False
+    """Only print the cases, with the bytes that each has to move."""
+    tiny: bool = False
+    """Tiny shapes, to try the program itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite; returns 1 if a result was wrong, else 0."""
+    config = tyro.cli(BenchmarkConfig, args=argv, prog="python benchmarks/run.py")
+    if config.repeats < 1:
+        raise UsageError(f"repeats is {config.repeats}: it must be at least 1")
+    gpu = config.suite == "kernels" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    cases = select(device, config.only, config.tiny)
+    if config.list:
+        for case in cases:
+            print(f"{case.name}: {case.nbytes:,} B; {case.formula}")
+        return 0
+    for path in (config.out, config.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: make the directory {path.parent} first")
+    if config.suite == "kernels" and not gpu:
+        print("torch sees no GPU: the CPU's backends are timed instead")
+    arguments = sys.argv[1:] if argv is None else argv
+    record = run(cases, device, config, command(arguments))
+    report.print_record(record)
+    if config.out is not None:
+        write_json(config.out, record)
+    if config.plot is not None:
+        report.plot(record, config.plot)
+    return 1 if report.failures(record) else 0
+
+
+def select(device: torch.device, only: str, tiny: bool) -> list[Case]:
+    """Cases by name, the most wanted first.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    cases = elementwise.cases(device, tiny) + network.cases(device, tiny)
+    found = sorted((c for c in cases if only in c.name), key=lambda case: case.priority)
+    if not found:
+        raise UsageError(f"only is {only!r}: no case's name holds that; --list prints all of them")
+    return found
+
+
+def run(cases: list[Case], device: torch.device, config: BenchmarkConfig, command: str) -> dict:
+    """Measure the cases that there is time for; returns the record, JSON-able."""
+    begin, minutes = time.perf_counter(), config.minutes or MINUTES[device.type]
+    budget = Budget(60 * minutes - SLACK, len(cases), device.type)
+    sensors = Sensors(device)
+    record = {
+        "schema": report.SCHEMA,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        **machine(device, sensors),
+        "load_before": os.getloadavg()[0],
+        "copy": copy_curve(device, TINY_COPY if config.tiny else COPY_SIZES[device.type]),
+        "cases": [], "left_out": [],
+    }
+    print(f"copy: {report.copy_ceiling(record):.0f} GB/s; {len(cases)} cases", flush=True)
+    for number, case in enumerate(cases, 1):
+        if not budget.has_room():
+            record["left_out"].append(case.name)
+            continue
+        print(f"[{number}/{len(cases)}] {case.name}; at most {duration(max(0, budget.left))} left",
+              flush=True)
+        done = measure(case, device, config.repeats, sensors, budget.may_compile)
+        compiling = [row["compile_s"] for row in done["rows"] if "compile_s" in row]
+        budget.case_done(done["seconds"], compiling)
+        record["cases"].append(done)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # graphs of their own pools
+    record["load_after"] = os.getloadavg()[0]
+    record["seconds"] = time.perf_counter() - begin
+    report.derive(record)
+    return record
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command as typed, without the paths of this machine."""
+    short = [Path(a).name if os.path.isabs(a) else a for a in arguments]
+    return shlex.join(["python", "benchmarks/run.py", *short])
+
+
+def machine(device: torch.device, sensors: Sensors) -> dict:
+    """What the numbers depend on besides the code."""
+    revision = git_revision()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except Exception:  # a broken installation raises anything
+        versions["triton"] = None
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {
+        "device": device.type, "gpu": gpu, "driver": sensors.driver(), "cuda": torch.version.cuda,
+        "sensors_off": sensors.why_off, "cpu": cpu_model(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "versions": versions, "git": revision,
+        "dirty": revision is None or revision.endswith("-dirty"),
+    }
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,220 @@
+"""benchmarks/run.py and compare.py: what they record, and that no wrong result gets a speed."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustdm import UsageError, native, ops, reference
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+import elementwise  # noqa: E402
+import network  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+import timing  # noqa: E402
+from case import against, looks_like  # noqa: E402
+from measure import Budget, measure  # noqa: E402
+
+CPU = torch.device("cpu")
+# Too little time to compile anything.
+QUICK = ["--suite", "cpu", "--tiny", "--repeats", "2", "--minutes", "0.3"]
+
+
+def no_compiling(wanted):
+    return False
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Triton's interpreter is for tests of the kernels; it is far too slow to be timed."""
+    why_off = ops.why_off
+    monkeypatch.setattr(ops, "why_off", lambda backend, op, device: (
+        "no GPU" if backend == "triton" else why_off(backend, op, device)))
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A cpp backend on every machine."""
+    monkeypatch.setattr(native, "status", lambda: {"cpu": (True, "on"), "cuda": (False, "no GPU")})
+    for op in ("noise_perturb", "fgsm_project"):
+        monkeypatch.setattr(native, op, getattr(reference, op))
+
+
+@pytest.fixture
+def record(on, tmp_path):
+    out = tmp_path / "record.json"
+    arguments = [*QUICK, "--only", "noise_perturb 4x3x8x8 fp32", "--out", str(out),
+                 "--plot", str(tmp_path / "plot.png")]
+    assert run.main(arguments) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_record(record, tmp_path):
+    assert record["schema"] == report.SCHEMA and record["device"] == "cpu"
+    assert record["versions"]["torch"] == torch.__version__ and record["cpu"]
+    assert record["command"].startswith("python benchmarks/run.py --suite cpu --tiny")
+    text = json.dumps(record)
+    assert str(tmp_path) not in text and str(ROOT) not in text
+    (case,) = record["cases"]
+    assert case["nbytes"] == 3 * 4 * 4 * 3 * 8 * 8 and case["auto"] == "cpp"
+    rows = {row["provider"]: row for row in case["rows"]}
+    assert set(rows) == {"eager", "compile", "torch", "cpp", "triton"}
+    assert rows["compile"]["reason"] == "no time left to compile"
+    for name in ("eager", "torch", "cpp"):
+        row = rows[name]
+        assert row["status"] == "ok" and 0 < row["p20"] <= row["ms"] <= row["p80"]
+        assert row["samples"] == 2 and row["error"] <= row["limit"]
+        assert row["gb_s"] == pytest.approx(case["nbytes"] / row["ms"] / 1e6)
+        assert row["vs_eager"] == pytest.approx(rows["eager"]["ms"] / row["ms"])
+    assert case["fastest"] in ("eager", "torch", "cpp")
+    unmeasured = {t["text"]: t["holds"] for t in record["targets"]}
+    assert unmeasured["fgsm_project 128x3x32x32 fp32: cpp against eager"] is None
+    assert unmeasured["largest error of our backends, float32"] is True
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_has_no_speed(on, monkeypatch, tmp_path, capsys):
+    def wrong(*arguments):
+        xt, x_ran = reference.noise_perturb(*arguments)
+        return xt, x_ran + 1e-4
+
+    monkeypatch.setattr(native, "noise_perturb", wrong)
+    out = tmp_path / "record.json"
+    assert run.main([*QUICK, "--only", "noise_perturb 4x3x8x8 fp32", "--out", str(out)]) == 1
+    (row,) = (r for r in json.loads(out.read_text())["cases"][0]["rows"] if r["provider"] == "cpp")
+    assert row["status"] == "WRONG" and not {"ms", "gb_s", "vs_eager"} & set(row)
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_backend_that_raises_fails_the_run(on, monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise RuntimeError("no such symbol")
+
+    monkeypatch.setattr(native, "fgsm_project", broken)
+    (case,) = run.select(CPU, "fgsm_project 4x3x8x8 fp32", tiny=True)
+    found = measure(case, CPU, 1, timing.Sensors(CPU), no_compiling)
+    (row,) = (r for r in found["rows"] if r["provider"] == "cpp")
+    assert row["status"] == "FAILED" and "no such symbol" in row["reason"]
+    assert report.failures({"cases": [found]})
+
+
+def test_every_case_is_right_on_the_cpu():
+    for case in run.select(CPU, "", tiny=True):
+        found = measure(case, CPU, 1, timing.Sensors(CPU), no_compiling)
+        bad = [row for row in found["rows"] if row["status"] in ("WRONG", "FAILED")]
+        assert not bad, (case.name, bad)
+        assert {"eager", "torch"} <= set(report.measured(found)), found["rows"]
+
+
+def test_checks_notice_what_is_wrong():
+    torch.manual_seed(0)
+    a, b = torch.randn(50, 200), torch.randn(50, 200)
+    statistics, exact = looks_like(lambda: [b]), against(lambda: [b], 1e-6)
+    assert statistics((), [a]).right and not exact((), [a]).right
+    assert not statistics((), [1.2 * a]).right and not statistics((), [a + 0.2]).right
+    assert not statistics((), [a * float("nan")]).right
+    assert not exact((), [b * float("nan")]).right and not exact((), [b[:-1]]).right
+
+
+def test_the_real_cases_need_no_list():
+    names = [c.name for c in elementwise.cases(CPU) + network.cases(CPU)]
+    assert len(names) == len(set(names))
+    assert "adamw_ema 35.7M fp32" in names and "fgsm_project 32x3x256x256 fp32" in names
+    shapes = network.norm_shapes("cifar10")
+    assert shapes[128, 32, 32] == 8 and {(c, h) for c, h, _ in shapes} == {
+        (128, 32), (256, 32), (384, 32), (128, 16), (256, 16), (384, 16), (512, 16), (256, 8),
+        (512, 8), (256, 4), (512, 4)}
+
+
+def test_the_time_is_shared_out():
+    budget = Budget(100, 10, "cpu")
+    assert budget.has_room() and budget.may_compile(True)
+    budget.case_done(18.0, [8.0])  # 9 more such cases would take 90 s
+    assert budget.needed == pytest.approx(90) and budget.has_room()
+    assert not budget.may_compile(False)
+    assert not Budget(0, 10, "cpu").has_room()
+
+
+def gpu_record(record):
+    """A record as a GPU would write it: the code for its table and targets runs without one."""
+    made = copy.deepcopy(record)
+    made.update(device="cuda", gpu="H200", driver="1.2")
+    made["cases"][0]["name"] = "noise_perturb 32x3x256x256 fp32"
+    for row in made["cases"][0]["rows"]:
+        row["provider"] = {"cpp": "triton", "triton": "cpp"}.get(row["provider"], row["provider"])
+        if "ms" in row:
+            row.update(warm_ms=row["ms"], host_ms=row["ms"], peak_mib=1.0)
+    made["cases"][0]["auto"] = "triton"
+    return made
+
+
+def test_targets_of_a_gpu(record, capsys):
+    made = gpu_record(record)
+    for row in made["cases"][0]["rows"]:
+        if "ms" in row:
+            row["ms"] = {"triton": 1.0, "eager": 5.0, "torch": 50.0}[row["provider"]]
+    report.derive(made)
+    holds = {t["text"]: t["holds"] for t in made["targets"]}
+    assert holds["noise_perturb 32x3x256x256 fp32: triton against eager"] is True
+    assert holds["noise_perturb 32x3x256x256 fp32: share of copy, triton"] is False
+    assert holds["noise_perturb 32x3x256x256 fp32: triton against compile"] is None
+    assert made["cases"][0]["fastest"] == "triton" and made["cases"][0]["auto_is_fastest"]
+    report.print_record(made)
+    assert "H200" in capsys.readouterr().out
+
+
+# compare.py
+
+
+def test_compare(record, tmp_path, capsys):
+    slower = copy.deepcopy(record)
+    slower["cpu"] = "another"
+    for row in slower["cases"][0]["rows"]:
+        if "ms" in row:
+            row["ms"] *= 2
+    old, new = tmp_path / "record.json", tmp_path / "new.json"
+    new.write_text(json.dumps(slower))
+    assert compare.main([str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("0.500") == 3 and "the machines differ: cpu" in out
+    assert compare.main([str(old), str(old)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("1.000") == 3 and "differ" not in out
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[1]", '{"schema": "other"}'])
+def test_compare_refuses_other_files(tmp_path, content):
+    file = tmp_path / "foreign.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=r"foreign\.json.*benchmarks/run\.py"):
+        report.read_record(file)
+
+
+def test_usage_errors_are_one_line(tmp_path):
+    def call(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True,
+                              text=True)
+
+    done = call("benchmarks/compare.py", "no.json", "no.json")
+    assert done.returncode == 2 and done.stderr.startswith("error: no.json does not exist")
+    assert "Traceback" not in done.stderr
+    for arguments, problem in (
+        (["--only", "no such op"], "no case"), (["--repeats", "0"], "at least 1"),
+        (["--only", "draw_samples 4", "--out", str(tmp_path / "no/x.json")], "make the directory"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            run.main([*QUICK, *arguments])
+
+
+def test_list(capsys):
+    assert run.main(["--suite", "cpu", "--tiny", "--list"]) == 0
+    assert "fgsm_project 4x3x8x8 bf16: 6,144 B; read x_t and" in capsys.readouterr().out
