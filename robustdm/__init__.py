@@ -15,6 +15,8 @@ _HOMES = {
     "Draw": "robustdm.objectives",
     "Loss": "robustdm.objectives",
     "ResidentBatch": "robustdm.resident",
+    "fuse": "robustdm.models.fuse",
+    "unfuse": "robustdm.models.fuse",
     "TrainConfig": "robustdm.training.config",
     "load_run": "robustdm.training.run",
     "load_data": "robustdm.data",

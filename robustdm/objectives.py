@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from robustdm import ops, random, reference
 from robustdm.device import to_device
+from robustdm.dropout import masks_from
 from robustdm.errors import UsageError
 from robustdm.network import predict_noise
 from robustdm.perturbation import Perturbation
@@ -238,7 +239,8 @@ class Objective:
 
         def predict(x: Tensor) -> Tensor:
             number = next(passes)
-            with seeded(draw.dropout_seed + (0 if self.share_dropout else number), x.device):
+            number = 0 if self.share_dropout else number
+            with seeded(draw.dropout_seed + number, x.device), masks_from(draw.key, number):
                 return predict_noise(model, x, draw.t)
 
         clean = predict(xt)

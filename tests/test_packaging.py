@@ -73,7 +73,7 @@ LAYERS = {
     "arguments": ("errors", "reference"),
     "ops": ("errors", "arguments", "reference", "native"),
     "kernels": (),
-    "objectives": ("errors", "random", "schedule", "perturbation", "network", "device",
+    "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
                    "reference", "resident", "ops"),
     "sampling": ("errors", "random", "schedule", "network"),
     "metrics": ("random",),
