@@ -30,7 +30,7 @@ TILE = 2048
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch may be smaller
 def _equivariance_loss_kernel(
     eps_pred, eps_pred_adv, delta,  # (B, numel) in the order of memory; the last two may be None
     radius, lambda_t,  # (B,) float32

@@ -25,7 +25,7 @@ from robustdm.kernels.philox import (
 INVERSE_SQRT3 = tl.constexpr(3**-0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch may be smaller
 def _fgsm_project_kernel(
     xt, gradient,  # (B, numel) in the order of memory; without a gradient the step is outwards
     noise, radius,  # (B,) float32

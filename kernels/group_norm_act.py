@@ -132,7 +132,8 @@ def plan(shape: tuple[int, int, int], groups: int, itemsize: int, reads: int, li
     rows = max(1, _LOOP_WARPS * 32 * _LOOP_PER_THREAD // width(slab))
     blocks = triton.cdiv(positions, rows)
     sample_bytes = positions * channels * itemsize * reads
-    chunk = min(batch, max(1, _CHUNK_BYTES // sample_bytes))
+    # A sample that does not fit gains nothing from chunks, which cost two launches each.
+    chunk = min(batch, _CHUNK_BYTES // sample_bytes) or batch
     wanted = triton.cdiv(_PROGRAMS, chunk * triton.cdiv(groups, slab))
     split_rows = rows * triton.cdiv(blocks, min(blocks, wanted, _MAX_SPLITS))
     return finish("split", rows, _LOOP_PER_THREAD, splits=triton.cdiv(positions, split_rows),
@@ -327,7 +328,7 @@ def _loop_forward_kernel(
                inv_keep, HW, C, HW, SILU, ROWS, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _split_statistics_kernel(
     x, residual, add, v_out, partial,  # partial: (B, SPLITS, GROUPS, 2) mean, squares
     first_sample,
@@ -347,7 +348,7 @@ def _split_statistics_kernel(
     tl.store(at + 1, squares, group_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _split_apply_kernel(
     v_in, add, weight, bias, scale, shift, key, partial, y, mean_out, rstd_out,
     stream, threshold, inv_keep, tiny, first_sample,
@@ -495,7 +496,7 @@ def _apply_gradient(dy, x, add, dv, dx_out, sample, begin, channel, exists, mean
     return tl.sum(sum_dx, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _split_sums_kernel(
     dy, x, add, mean, rstd, weight, bias, scale, shift, key,
     partial, sums,  # (B, SPLITS, GROUPS, 2) group sums of w du, w du xhat; (B, SPLITS, C, 3)
@@ -523,7 +524,7 @@ def _split_sums_kernel(
         tl.store(at + 1, sum_du_xhat, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _split_gradient_kernel(
     dy, x, add, mean, rstd, weight, bias, scale, shift, key, dv, partial, dx_out, sums,
     stream, threshold, inv_keep, first_sample,

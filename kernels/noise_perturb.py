@@ -59,7 +59,7 @@ def _corruption(seed, index):
     return box_muller_length(w0) * cosine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch may be smaller
 def _noise_perturb_kernel(
     x0,  # (B, numel) in the order of memory
     signal, noise, radius,  # (B,) float32
@@ -80,7 +80,7 @@ def _noise_perturb_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a last batch may be smaller
 def _noise_perturb_resident_kernel(
     data,  # (N, C, H, W) uint8, contiguous or channels-last
     items,  # (B,) int64

@@ -249,7 +249,7 @@ class Objective:
         delta, x_adv = None, x_ran
         if self.name in ("robust_adv", "invariance"):
             with no_weight_gradients(model):
-                gradient = self._attack(predict, x_ran, clean.detach(), draw)
+                gradient = self._attack(predict, xt, x_ran, clean.detach(), draw)
             x_adv, delta = self._project(xt, gradient, draw)
         elif self.name == "outward_ran":
             x_adv, delta = self._project(xt, None, draw)
@@ -267,7 +267,8 @@ class Objective:
         )
 
     def _attack(
-        self, predict: Callable[[Tensor], Tensor], x_ran: Tensor, clean: Tensor, draw: Draw
+        self, predict: Callable[[Tensor], Tensor], xt: Tensor, x_ran: Tensor, clean: Tensor,
+        draw: Draw,
     ) -> Tensor:
         """Gradient, up to a positive factor, of the attacked distance at the random start."""
         x = x_ran.detach().requires_grad_()
@@ -275,7 +276,8 @@ class Objective:
             out = predict(x)
             change = (out - clean).detach()
             if self.attack == "equivariance":
-                change = change - draw.delta
+                # A projection by a gradient of zero is the random start itself.
+                change = change - self._project(xt, torch.zeros_like(xt), draw)[1]
             (gradient,) = torch.autograd.grad(out, x, change.to(out.dtype))
         if self.attack == "equivariance":  # delta also stands in the residual itself
             gradient = expand(draw.noise, gradient) * gradient - change

@@ -17,11 +17,14 @@ triton   robustdm.kernels      CUDA; CPU tensors under TRITON_INTERPRET=1, for t
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from robustdm import native, reference
 from robustdm.arguments import (
@@ -118,11 +121,42 @@ def _implementation(op: str, backend: str, device: torch.device, dtype: torch.dt
     return importlib.import_module(f"robustdm.kernels.{module}")
 
 
+# Two ways in: through torch.library where somebody traces or watches (torch.compile, fake tensors,
+# dispatch modes), else straight to the function: the library's dispatch costs a tenth of a
+# millisecond a call, more than most of these ops take.
+
+
+def _is_watched(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.device.type == "meta" or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _choose(x: Tensor, registered: Callable, direct: Callable) -> Callable:
+    return registered if _is_watched(x) else direct
+
+
+def _registered(function: Callable, mutated: tuple[str, ...] = ()) -> Callable:
+    """``_run_NAME`` as the operator robustdm::NAME."""
+    name = function.__name__.removeprefix("_run_")
+    return torch.library.custom_op(f"robustdm::{name}", function, mutates_args=mutated)
+
+
+def _eager(function: Callable, setup: Callable, backward: Callable) -> Callable:
+    """What the registration of an op with these three does, as an autograd function."""
+    methods = {
+        "forward": staticmethod(function), "setup_context": staticmethod(setup),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(function.__name__, (torch.autograd.Function,), methods).apply
+
+
 # draw_samples
 
 
-@torch.library.custom_op("robustdm::draw_samples", mutates_args=())
-def _draw_samples(
+def _run_draw_samples(
     key: Tensor, tables: Tensor, batch: int, dtype: torch.dtype, gamma: float, lam: float,
     lambda_mode: str, beta_low: float, beta_high: float, lambda_max: float | None,
     beta_per_batch: bool, backend: str,
@@ -130,6 +164,9 @@ def _draw_samples(
     module = _implementation("draw_samples", backend, key.device, dtype)
     return module.draw_samples(key, tables, batch, dtype, gamma, lam, lambda_mode, beta_low,
                                beta_high, lambda_max, beta_per_batch)
+
+
+_draw_samples = _registered(_run_draw_samples)
 
 
 @_draw_samples.register_fake
@@ -157,15 +194,15 @@ def draw_samples(
     check_key(op, "tables", tables, key)
     need(op, lambda_mode in ("ray", "x", "std", "literal"),
          f"lambda_mode is {lambda_mode!r}: choose one of ray, x, std, literal")
-    return _draw_samples(key, tables.contiguous(), batch, dtype, gamma, lam, lambda_mode, beta_low,
-                         beta_high, lambda_max, beta_per_batch, backend)
+    run = _choose(key, _draw_samples, _run_draw_samples)
+    return run(key, tables.contiguous(), batch, dtype, gamma, lam, lambda_mode, beta_low,
+               beta_high, lambda_max, beta_per_batch, backend)
 
 
 # noise_perturb
 
 
-@torch.library.custom_op("robustdm::noise_perturb", mutates_args=())
-def _noise_perturb(
+def _run_noise_perturb(
     x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -180,6 +217,9 @@ def _as(out: Tensor, like: Tensor) -> Tensor:
     return out.contiguous(memory_format=dense_format(like))
 
 
+_noise_perturb = _registered(_run_noise_perturb)
+
+
 @_noise_perturb.register_fake
 def _(x0, signal, noise, radius, key, dtype, backend):
     return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
@@ -187,18 +227,22 @@ def _(x0, signal, noise, radius, key, dtype, backend):
 
 def _noise_perturb_setup(ctx, inputs, output):
     x0, signal = inputs[0], inputs[1]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(signal)
     ctx.shape, ctx.dtype = x0.shape, x0.dtype
 
 
 def _noise_perturb_backward(ctx, grad_xt, grad_x_ran):
     (signal,) = ctx.saved_tensors
-    signal = signal.view(-1, *[1] * (len(ctx.shape) - 1))
-    grad = (signal * (grad_xt + grad_x_ran)).to(ctx.dtype)
+    parts = [grad for grad in (grad_xt, grad_x_ran) if grad is not None]
+    if not parts:
+        return (None,) * 7
+    grad = (signal.view(-1, *[1] * (len(ctx.shape) - 1)) * sum(parts)).to(ctx.dtype)
     return grad, None, None, None, None, None, None
 
 
 _noise_perturb.register_autograd(_noise_perturb_backward, setup_context=_noise_perturb_setup)
+_eager_noise_perturb = _eager(_run_noise_perturb, _noise_perturb_setup, _noise_perturb_backward)
 
 
 def noise_perturb(
@@ -233,12 +277,12 @@ def noise_perturb(
     check_key(op, "x0", x0, key)
     dtype = dtype or x0.dtype
     (x0,) = dense(x0)
-    return _noise_perturb(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
-                          backend)
+    run = _choose(x0, _noise_perturb, _eager_noise_perturb)
+    return run(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
+               backend)
 
 
-@torch.library.custom_op("robustdm::noise_perturb_resident", mutates_args=())
-def _noise_perturb_resident(
+def _run_noise_perturb_resident(
     data: Tensor, items: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor,
     dtype: torch.dtype, flip: bool, corrupt_fraction: float, corrupt_sigma: float,
     corrupt_seed: int, backend: str,
@@ -251,6 +295,9 @@ def _noise_perturb_resident(
         corrupt_seed,
     )
     return tuple(out.contiguous(memory_format=torch.channels_last) for out in outputs)
+
+
+_noise_perturb_resident = _registered(_run_noise_perturb_resident)
 
 
 @_noise_perturb_resident.register_fake
@@ -297,7 +344,8 @@ def noise_perturb_resident(
          "from 0 to 1 and a standard deviation, 0 or more")
     if dense_format(data) is None:
         data = data.contiguous()
-    return _noise_perturb_resident(
+    run = _choose(data, _noise_perturb_resident, _run_noise_perturb_resident)
+    return run(
         data, items.contiguous(), *(as_vector(v, dtype) for v in (signal, noise, radius)), key,
         dtype, flip, corrupt_fraction, corrupt_sigma, corrupt_seed, backend,
     )
@@ -306,8 +354,7 @@ def noise_perturb_resident(
 # fgsm_project
 
 
-@torch.library.custom_op("robustdm::fgsm_project", mutates_args=())
-def _fgsm_project(
+def _run_fgsm_project(
     xt: Tensor, gradient: Tensor | None, noise: Tensor, radius: Tensor, key: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_values("fgsm_project", radius)
@@ -316,12 +363,16 @@ def _fgsm_project(
     return _as(x_adv, xt), _as(delta, xt)
 
 
+_fgsm_project = _registered(_run_fgsm_project)
+
+
 @_fgsm_project.register_fake
 def _(xt, gradient, noise, radius, key, backend):
     return torch.empty_like(xt), torch.empty_like(xt)
 
 
 def _fgsm_project_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -330,6 +381,7 @@ def _fgsm_project_backward(ctx, grad_x_adv, grad_delta):
 
 
 _fgsm_project.register_autograd(_fgsm_project_backward, setup_context=_fgsm_project_setup)
+_eager_fgsm_project = _eager(_run_fgsm_project, _fgsm_project_setup, _fgsm_project_backward)
 
 
 def fgsm_project(
@@ -361,15 +413,15 @@ def fgsm_project(
     check_per_sample(op, "xt", xt, noise=noise, radius=radius)
     check_key(op, "xt", xt, key)
     xt, gradient = dense(xt, gradient)
-    return _fgsm_project(xt, gradient, as_vector(noise, xt.dtype), as_vector(radius, xt.dtype), key,
-                         backend)
+    run = _choose(xt, _fgsm_project, _eager_fgsm_project)
+    return run(xt, gradient, as_vector(noise, xt.dtype), as_vector(radius, xt.dtype), key,
+               backend)
 
 
 # equivariance_loss
 
 
-@torch.library.custom_op("robustdm::equivariance_loss", mutates_args=())
-def _equivariance_loss(
+def _run_equivariance_loss(
     eps_pred: Tensor, eps_pred_adv: Tensor | None, delta: Tensor | None, radius: Tensor,
     lambda_t: Tensor, key: Tensor, dtype: torch.dtype, invariance: bool, detach_clean: bool,
     backend: str,
@@ -381,6 +433,9 @@ def _equivariance_loss(
     )
     grad_adv = grad_adv if eps_pred_adv is None else _as(grad_adv, eps_pred)
     return total, fit, reg, _as(grad, eps_pred), grad_adv
+
+
+_equivariance_loss = _registered(_run_equivariance_loss)
 
 
 @_equivariance_loss.register_fake
@@ -395,12 +450,16 @@ def _(eps_pred, eps_pred_adv, delta, radius, lambda_t, key, dtype, *rest):
 
 def _equivariance_loss_setup(ctx, inputs, output):
     _, fit, reg, grad, grad_adv = output
+    # Else every backward would fill zeros for the outputs that have no gradient.
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(fit, reg, grad, grad_adv)
     ctx.save_for_backward(grad, grad_adv)
     ctx.dtype, ctx.has_adv = inputs[0].dtype, inputs[1] is not None
 
 
 def _equivariance_loss_backward(ctx, grad_total, *unused):
+    if grad_total is None:
+        return (None,) * 10
     # On a CPU a look at the number is free, and it is 1 but for accumulated batches; on a GPU the
     # look would cost more than the product.
     whole = grad_total.device.type == "cpu" and not torch.compiler.is_compiling() and (
@@ -413,6 +472,9 @@ def _equivariance_loss_backward(ctx, grad_total, *unused):
 
 _equivariance_loss.register_autograd(
     _equivariance_loss_backward, setup_context=_equivariance_loss_setup
+)
+_eager_equivariance_loss = _eager(
+    _run_equivariance_loss, _equivariance_loss_setup, _equivariance_loss_backward
 )
 
 
@@ -455,7 +517,8 @@ def equivariance_loss(
     check_per_sample(op, "eps_pred", eps_pred, radius=radius, lambda_t=lambda_t)
     check_key(op, "eps_pred", eps_pred, key)
     eps_pred, eps_pred_adv, delta = dense(eps_pred, eps_pred_adv, delta)
-    return _equivariance_loss(
+    run = _choose(eps_pred, _equivariance_loss, _eager_equivariance_loss)
+    return run(
         eps_pred, eps_pred_adv, delta, as_vector(radius, eps_pred.dtype),
         as_vector(lambda_t, eps_pred.dtype), key, dtype or eps_pred.dtype, invariance, detach_clean,
         backend,
@@ -465,8 +528,7 @@ def equivariance_loss(
 # group_norm_act
 
 
-@torch.library.custom_op("robustdm::group_norm_act", mutates_args=())
-def _group_norm_act(
+def _run_group_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
     shift: Tensor | None, add: Tensor | None, residual: Tensor | None,
     key: Tensor | None, groups: int, silu: bool, dropout: float, layer: int, tiny: float,
@@ -479,6 +541,9 @@ def _group_norm_act(
     return channels_last(y), v if residual is None else channels_last(v), mean, rstd
 
 
+_group_norm_act = _registered(_run_group_norm_act)
+
+
 @_group_norm_act.register_fake
 def _(x, weight, bias, scale, shift, add, residual, key, groups, *rest):
     v = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -486,8 +551,7 @@ def _(x, weight, bias, scale, shift, add, residual, key, groups, *rest):
     return torch.empty_like(x), v, mean, rstd
 
 
-@torch.library.custom_op("robustdm::group_norm_act_backward", mutates_args=())
-def _group_norm_act_backward(
+def _run_group_norm_act_backward(
     dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     add: Tensor | None, dv: Tensor | None, key: Tensor | None, groups: int, silu: bool,
@@ -501,6 +565,9 @@ def _group_norm_act_backward(
     return channels_last(dx), sums
 
 
+_group_norm_act_backward = _registered(_run_group_norm_act_backward)
+
+
 @_group_norm_act_backward.register_fake
 def _(dy, v, mean, rstd, weight, bias, scale, shift, add, dv, key, groups, silu, dropout, layer,
       need_sums, backend):
@@ -511,6 +578,7 @@ def _(dy, v, mean, rstd, weight, bias, scale, shift, add, dv, key, groups, silu,
 def _group_norm_act_setup(ctx, inputs, output):
     x, weight, bias, scale, shift, add, residual, key, *ctx.rest = inputs
     _, v, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.has_residual = residual is not None
     ctx.add_dtype = None if add is None else add.dtype
     ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_residual else (v,)))
@@ -524,8 +592,13 @@ def _group_norm_act_grad(ctx, dy, dv, *unused):
     groups, silu, dropout, layer, _, backend = ctx.rest
     _, need_weight, need_bias, need_scale, need_shift, need_add, need_residual = (
         ctx.needs_input_grad[:7])
+    if dy is None:  # only v was used
+        if dv is None:
+            return (None,) * 14
+        dy = torch.zeros_like(kept)
     need_sums = need_weight or need_bias or need_scale or need_shift or need_add
-    dx, sums = _group_norm_act_backward(
+    run = _choose(dy, _group_norm_act_backward, _run_group_norm_act_backward)
+    dx, sums = run(
         channels_last(dy), kept, mean, rstd, weight, bias, scale, shift, add,
         channels_last(dv) if ctx.has_residual and dv is not None else None, key, groups, silu,
         dropout, layer, need_sums, backend,
@@ -533,11 +606,11 @@ def _group_norm_act_grad(ctx, dy, dv, *unused):
     grads = [None] * 5
     if need_sums:
         sum_u, sum_u_xhat, sum_x = sums.unbind(-1)
-        gain = 1.0 if scale is None else 1 + scale.to(sums.dtype)
-        if need_weight:
-            grads[0] = (sum_u_xhat * gain).sum(0).to(weight.dtype)
-        if need_bias:
-            grads[1] = (sum_u * gain).sum(0).to(bias.dtype)
+        if need_weight or need_bias:
+            gain = None if scale is None else 1 + scale.to(sums.dtype)[..., None]
+            by_channel = (sums if gain is None else sums * gain).sum(0)
+            grads[0] = by_channel[:, 1].to(weight.dtype) if need_weight else None
+            grads[1] = by_channel[:, 0].to(bias.dtype) if need_bias else None
         if need_scale:
             ds = sum_u_xhat if weight is None else weight * sum_u_xhat + bias * sum_u
             grads[2] = ds.to(scale.dtype)
@@ -549,6 +622,7 @@ def _group_norm_act_grad(ctx, dy, dv, *unused):
 
 
 _group_norm_act.register_autograd(_group_norm_act_grad, setup_context=_group_norm_act_setup)
+_eager_group_norm_act = _eager(_run_group_norm_act, _group_norm_act_setup, _group_norm_act_grad)
 
 
 def group_norm_act(
@@ -608,7 +682,8 @@ def group_norm_act(
     need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
         check_key(op, "x", x, key)
-    y, v, _, _ = _group_norm_act(
+    run = _choose(x, _group_norm_act, _eager_group_norm_act)
+    y, v, _, _ = run(
         channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
         *(p if p is None else p.contiguous() for p in (scale, shift, add)),
         None if residual is None else channels_last(residual.to(x.dtype)), key, groups, silu,
@@ -620,11 +695,7 @@ def group_norm_act(
 # adamw_ema
 
 
-@torch.library.custom_op(
-    "robustdm::adamw_ema",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "averages", "copies"),
-)
-def _adamw_ema(
+def _run_adamw_ema(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     averages: list[Tensor], copies: list[Tensor], lr: Tensor, step: Tensor, decay: Tensor,
     factor: Tensor, skip: Tensor, beta1: float, beta2: float, tiny: float, weight_decay: float,
@@ -633,6 +704,10 @@ def _adamw_ema(
     module = _implementation("adamw_ema", backend, params[0].device, params[0].dtype)
     module.adamw_ema(params, grads, exp_avgs, exp_avg_sqs, averages, copies, lr, step, decay,
                      factor, skip, beta1, beta2, tiny, weight_decay)
+
+
+_MUTATED = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies")
+_adamw_ema = _registered(_run_adamw_ema, _MUTATED)
 
 
 @_adamw_ema.register_fake
@@ -673,8 +748,14 @@ def adamw_ema(
     if check:
         _check_adamw_ema(params, grads, exp_avgs, exp_avg_sqs, averages, copies, lr, step, decay,
                          factor, skip)
-    _adamw_ema(params, grads, exp_avgs, exp_avg_sqs, averages, copies, lr, step, decay, factor,
-               skip, beta1, beta2, tiny, weight_decay, backend)
+    run = _choose(params[0], _adamw_ema, _run_adamw_ema)
+    with torch.no_grad():
+        run(params, grads, exp_avgs, exp_avg_sqs, averages, copies, lr, step, decay, factor, skip,
+            beta1, beta2, tiny, weight_decay, backend)
+    if run is _run_adamw_ema:  # C++ writes behind autograd's back
+        torch.autograd.graph.increment_version(
+            (*params, *exp_avgs, *exp_avg_sqs, *averages, *copies)
+        )
 
 
 def _check_adamw_ema(

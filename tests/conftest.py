@@ -31,8 +31,13 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))

@@ -139,8 +139,9 @@ def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
         def backward(full, shape=shape, w=w, a=a, stats=stats):
             x = images(shape, dtype)
             module.group_norm_act_backward(
-                x, x, stats, stats, 32, w, w, *([a, a] if full else [None] * 2), True, 0.1 * full,
-                KEY, 0, x if full else None, full,
+                x, x, stats, stats, 32, w, w, 
+                *([a, a, None] if full else [None] * 3), True, 0.1 * full, KEY, 0,
+                x if full else None, full,
             )
 
         for full in (True, False):

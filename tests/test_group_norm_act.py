@@ -6,14 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from robustdm import random, reference  # noqa: E402
 from robustdm.kernels import group_norm_act as kernels  # noqa: E402
 
-if os.environ["TRITON_INTERPRET"] != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest where there is no GPU
+    pytest.skip("on a GPU, tests/test_ops.py runs the compiled kernels", allow_module_level=True)
 
 # Relative Frobenius errors; the interpreter truncates to bfloat16, hence a whole ulp.
 FORWARD = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -205,7 +204,7 @@ def test_paths_are_exercised_in_pieces(monkeypatch):
         monkeypatch.setattr(kernels, name, value)
     forward_plan, backward_plan = check((3, 6, 7, 5), 3, ALL, torch.float32)
     assert backward_plan.splits > 1 and 35 % backward_plan.split_rows
-    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 8000)
     plans = check((3, 24, 7, 5), 2, ("affine", "silu", "dropout"), torch.float32)
     assert all(p.chunk < 3 and p.splits > 1 for p in plans)
     assert any(p.split_rows > p.rows for p in plans)

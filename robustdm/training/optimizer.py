@@ -69,6 +69,8 @@ class SkippingAdamW(torch.optim.AdamW):
         self.backend = ops.resolve("adamw_ema", backend, first.device, first.dtype)
         self.ema = ema
         self._averages = {} if ema is None else ema.averages()
+        # What changes from step to step lies in tensors, which a CUDA graph reads anew.
+        self._lr, self._decay = (torch.zeros((), device=first.device) for _ in range(2))
         self._checked = False
 
     @torch.no_grad()
@@ -110,7 +112,8 @@ class SkippingAdamW(torch.optim.AdamW):
         count = self._count(parameters)
         count += 1 - skipped  # a skipped step is none: the bias corrections do not count it
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1) if clip_norm else torch.ones_like(norm)
-        decay = 0.0 if self.ema is None else self.ema.decay(step)
+        self._lr.fill_(group["lr"])
+        self._decay.fill_(0.0 if self.ema is None else self.ema.decay(step))
         ops.adamw_ema(
             parameters,
             [_laid_out_like(p.grad, p) for p in parameters],
@@ -118,9 +121,9 @@ class SkippingAdamW(torch.optim.AdamW):
             [self.state[p]["exp_avg_sq"] for p in parameters],
             [self._averages[p] for p in parameters] if self._averages else [],
             [],
-            lr=norm.new_full((), group["lr"]),
+            lr=self._lr,
             step=count,
-            decay=norm.new_full((), decay),
+            decay=self._decay,
             factor=factor,
             skip=skipped,
             beta1=group["betas"][0],

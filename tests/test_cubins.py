@@ -1,0 +1,60 @@
+"""Every kernel compiles for every GPU generation, without spilling registers to memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("cubins.py")
+ELEMENTWISE = ("draw_samples", "noise_perturb", "fgsm_project", "equivariance_loss")
+
+
+def compiled(tmp_path, *arguments):
+    """Rows of the table for the kernels that the launch functions would launch."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = tmp_path / "table.json"
+    command = [sys.executable, str(SCRIPT), "--json", str(out), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    return json.loads(out.read_text())
+
+
+def check(rows, modules, architectures, dtypes):
+    assert {r["case"].partition("/")[0] for r in rows} == set(modules)
+    assert {r["case"].rpartition("/")[2] for r in rows} == set(dtypes)
+    assert {r["arch"] for r in rows} == set(architectures)
+    spilling = [r for r in rows if r["spills"]]
+    assert not spilling, spilling
+    # Four programs of four warps each fit a multiprocessor's 65,536 registers.
+    assert all(r["registers"] <= 168 for r in rows)
+
+
+@pytest.mark.parametrize("architecture, dtypes", [
+    (90, ("fp32", "bf16", "fp16")), (80, ("bf16",)), (100, ("bf16",))
+])
+def test_elementwise_kernels(tmp_path, architecture, dtypes):
+    rows = []
+    for module in ELEMENTWISE:
+        rows += compiled(tmp_path, "--only", module + "/", "--arch", str(architecture), "--dtype",
+                         *dtypes)
+    check(rows, ELEMENTWISE, [architecture], dtypes)
+    big = [r for r in rows if r["case"].startswith(("noise_perturb/256px/", "fgsm_project/256px/"))]
+    # A thread moves 16 bytes at a time where memory is in the stream's order.
+    assert big and all(r["stores"].startswith("16x") and r["loads"].startswith("16x") for r in big)
+
+
+def test_group_norm_kernels(tmp_path):
+    rows = compiled(tmp_path, "--only", "group_norm_act/128x32x32", "--arch", "90", "--dtype",
+                    "bf16")
+    check(rows, ["group_norm_act"], [90], ["bf16"])
+
+
+@pytest.mark.slow
+def test_all_kernels_for_all_gpus(tmp_path):
+    check(compiled(tmp_path, "--slow"), (*ELEMENTWISE, "group_norm_act"), (80, 90, 100),
+          ("fp32", "bf16", "fp16"))
