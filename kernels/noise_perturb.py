@@ -183,13 +183,17 @@ def noise_perturb_resident(
         return xt, x_ran
     numel = channels * height * width
     grid, calls, constants = plan(xt, 1)
+    corrupts = corrupt_fraction > 0 and corrupt_sigma > 0
+    if corrupts:
+        # A call of the generator for each element, too: half the elements a thread, or it spills.
+        constants["num_warps"] *= 2
     with torch.cuda.device_of(xt):
         _noise_perturb_resident_kernel[grid](
             data, items, signal, noise, radius, key, xt, x_ran, len(items), numel, calls,
             corrupt_seed, corrupt_fraction, corrupt_sigma,
             CHANNELS=channels, HEIGHT=height, WIDTH=width,
             DATA_CHANNELS_LAST=stream_channels(data) == 1, FLIPS=bool(flip),
-            CORRUPTS=corrupt_fraction > 0 and corrupt_sigma > 0, **constants,
+            CORRUPTS=corrupts, **constants,
             enable_fp_fusion=False,
         )
     return xt, x_ran
