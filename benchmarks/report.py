@@ -86,7 +86,7 @@ def targets(record: dict) -> list[dict]:
         if compiled:
             add(f"{name}: {provider} against compile", value(name, provider, "vs_compile"), 1.0)
 
-    optimizer = next((name for name in cases if name.startswith("adamw_ema")), "adamw_ema")
+    optimizer = next((name for name in cases if name.startswith("adamw_ema 35.7M")), "adamw_ema")
     if record["device"] == "cpu":
         for op in ("noise_perturb", "fgsm_project", "equivariance_loss robust"):
             ratios(f"{op} 128x3x32x32 fp32", "cpp", 3.0)

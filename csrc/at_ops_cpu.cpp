@@ -536,7 +536,7 @@ void loss_and_gradients(const StepNoise& step, const Shape& shape, int64_t first
     });
     const int each = block.n / block.samples;
     for (int b = 0; b < block.samples; ++b) {
-      double* to = l.sums + 2 * (block.samples > 1 ? block.sample + b : i);
+      double* to = l.sums + 2 * (shape.group > 1 ? block.sample + b : i);
       to[0] = sum(error2 + b * each, each);
       to[1] = sum(residual2 + b * each, each);
     }

@@ -22,6 +22,11 @@ def check_float(op: str, name: str, value: Tensor) -> None:
          f"{name} is {value.dtype}: give float32, bfloat16, float16 or float64")
 
 
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    need(op, dtype in FLOATS,
+         f"dtype is {dtype}: give torch.float32, bfloat16, float16 or float64")
+
+
 def check_like(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is None:
@@ -46,6 +51,8 @@ def check_per_sample(op: str, first: str, x: Tensor, **values: Tensor) -> None:
              "per sample")
         check_float(op, name, value)
         check_device(op, first, x, **{name: value})
+        need(op, not value.requires_grad,
+             f"{name} requires a gradient, but is a constant here: detach it")
 
 
 def check_key(op: str, first: str, x: Tensor, key: Tensor) -> None:
@@ -101,6 +108,18 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or all(
         s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1
     )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor fills a stretch of memory, in whatever order of its dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def as_vector(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,13 @@ def predict_noise(model: Callable, x: Tensor, t: Tensor) -> Tensor:
         UsageError: if the prediction does not have x's shape.
     """
     eps = model(x, t)
-    eps = eps if isinstance(eps, Tensor) else eps.sample
+    eps = getattr(eps, "sample", eps) if not isinstance(eps, Tensor) else eps
+    if not isinstance(eps, Tensor) or not eps.is_floating_point():
+        what = f"{eps.dtype} numbers" if isinstance(eps, Tensor) else type(eps).__name__
+        raise UsageError(
+            f"the model returns {what}: it must return the predicted noise as a floating-point "
+            "tensor, or an object with that in .sample"
+        )
     if eps.ndim == x.ndim > 1 and eps.shape[1] == 2 * x.shape[1]:
         eps = eps[:, : x.shape[1]]
     if eps.shape != x.shape:

@@ -206,6 +206,11 @@ class Objective:
             self.beta_per == "batch", self.backend,
         )
         if t is not None:
+            if t.shape != shape[:1] or t.dtype != torch.int64 or (
+                t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < tables.shape[1]
+            ):
+                raise UsageError(f"t is {t.dtype} of shape {tuple(t.shape)}: give one timestep per "
+                                 f"sample, int64 from 0 to {tables.shape[1] - 1}")
             scales = reference.scales(tables, t, beta, dtype, *fixed, self.lambda_max)
         t = drawn if t is None else t
         return Draw(t, beta, *scales, key, seed, step, first_index, shape, dtype)
@@ -232,8 +237,9 @@ class Objective:
         Raises:
             UsageError: if the draw or the model's output does not have x0's shape.
         """
-        if draw.shape != tuple(x0.shape):
-            raise UsageError(f"draw has shape {draw.shape}, x0 {tuple(x0.shape)}: draw from x0")
+        if draw.shape != tuple(x0.shape) or draw.dtype != x0.dtype:
+            raise UsageError(f"draw has shape {draw.shape} and is {draw.dtype}, x0 "
+                             f"{tuple(x0.shape)} and {x0.dtype}: draw from x0")
         xt, x_ran = self._perturb(x0, draw)
         passes = itertools.count()
 

@@ -23,7 +23,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from robustdm import native, reference
@@ -31,6 +30,7 @@ from robustdm.arguments import (
     as_vector,
     channels_last,
     check_device,
+    check_dtype,
     check_float,
     check_items,
     check_key,
@@ -39,10 +39,12 @@ from robustdm.arguments import (
     check_values,
     dense,
     dense_format,
+    is_dense,
     need,
     same_order,
 )
 from robustdm.errors import UsageError
+from robustdm.random import check_word
 from robustdm.reference import wide
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
@@ -146,11 +148,16 @@ def _registered(function: Callable, mutated: tuple[str, ...] = ()) -> Callable:
 
 def _eager(function: Callable, setup: Callable, backward: Callable) -> Callable:
     """What the registration of an op with these three does, as an autograd function."""
-    methods = {
-        "forward": staticmethod(function), "setup_context": staticmethod(setup),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
-    return type(function.__name__, (torch.autograd.Function,), methods).apply
+    name = function.__name__.removeprefix("_run_")
+
+    def once(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph: what depends on the gradients would be lost
+            raise RuntimeError(f"{name} has no second derivative: leave out create_graph=True")
+        return backward(ctx, *grads)
+
+    methods = {"forward": function, "setup_context": setup, "backward": once}
+    static = {method: staticmethod(f) for method, f in methods.items()}
+    return type(name, (torch.autograd.Function,), static).apply
 
 
 # draw_samples
@@ -189,8 +196,10 @@ def draw_samples(
         UsageError: for wrong shapes, dtypes or devices, or a backend that is off.
     """
     op = "draw_samples"
-    need(op, tables.ndim == 2 and tables.shape[0] == 3 and tables.dtype == torch.float64,
-         f"tables is {tables.dtype} of shape {tuple(tables.shape)}: give (3, T) float64")
+    need(op, tables.ndim == 2 and tables.shape[0] == 3 and tables.shape[1] > 0
+         and tables.dtype == torch.float64,
+         f"tables is {tables.dtype} of shape {tuple(tables.shape)}: give (3, T) float64, T > 0")
+    check_dtype(op, dtype)
     check_key(op, "tables", tables, key)
     need(op, lambda_mode in ("ray", "x", "std", "literal"),
          f"lambda_mode is {lambda_mode!r}: choose one of ray, x, std, literal")
@@ -276,6 +285,7 @@ def noise_perturb(
     check_per_sample(op, "x0", x0, signal=signal, noise=noise, radius=radius)
     check_key(op, "x0", x0, key)
     dtype = dtype or x0.dtype
+    check_dtype(op, dtype)
     (x0,) = dense(x0)
     run = _choose(x0, _noise_perturb, _eager_noise_perturb)
     return run(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
@@ -342,6 +352,8 @@ def noise_perturb_resident(
     need(op, 0 <= corrupt_fraction <= 1 and corrupt_sigma >= 0,
          f"corrupt_fraction is {corrupt_fraction}, corrupt_sigma {corrupt_sigma}: give a share "
          "from 0 to 1 and a standard deviation, 0 or more")
+    check_dtype(op, dtype)
+    check_word("corrupt_seed", corrupt_seed)
     if dense_format(data) is None:
         data = data.contiguous()
     run = _choose(data, _noise_perturb_resident, _run_noise_perturb_resident)
@@ -682,6 +694,15 @@ def group_norm_act(
     need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
         check_key(op, "x", x, key)
+    if backend == "auto" and not _is_watched(x) and (
+        resolve(op, backend, x.device, x.dtype) == "torch"
+    ):  # torch's own gradients are faster than the reference's, and never stored twice
+        y, v = reference.group_norm_act(
+            channels_last(x), groups, weight, bias, scale, shift, add, residual, silu, dropout,
+            key, layer, tiny,
+        )
+        y = channels_last(y)
+        return y if residual is None else (y, channels_last(v))
     run = _choose(x, _group_norm_act, _eager_group_norm_act)
     y, v, _, _ = run(
         channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
@@ -779,8 +800,11 @@ def _check_adamw_ema(
                  f"params[{i}] {p.stride()}: make it with torch.empty_like")
             check_device(op, f"params[{i}]", p, **{f"{name}[{i}]": value})
     for i, p in enumerate(params):
-        need(op, p.dtype in (torch.float32, torch.float64),
-             f"params[{i}] is {p.dtype}: give float32 weights")
+        need(op, p.dtype == params[0].dtype and p.dtype in (torch.float32, torch.float64),
+             f"params[{i}] is {p.dtype}, params[0] {params[0].dtype}: give float32 weights")
+        need(op, is_dense(p), f"params[{i}] has strides {p.stride()} and shape {tuple(p.shape)}, "
+             "with gaps: give whole tensors")
+        check_device(op, "params[0]", params[0], **{f"params[{i}]": p})
     scalars = {"lr": lr, "step": step, "decay": decay, "factor": factor, "skip": skip}
     for name, value in scalars.items():
         need(op, value.numel() == 1 and value.dtype == torch.float32,

@@ -68,7 +68,7 @@ def philox(
     """Philox4x32-10: four independent 32-bit words for every index.
 
     Args:
-        seed: first key word, 0 to 2**32 - 1; an int64 scalar tensor is trusted to be in range.
+        seed: first key word, 0 to 2**32 - 1; of an int64 scalar tensor the lower word counts.
         step: second key word, likewise.
         index: (...) int64, the low and high counter words.
         stream: third counter word.
@@ -77,8 +77,8 @@ def philox(
     Returns:
         Four int64 tensors shaped like ``index``, with values 0 to 2**32 - 1.
     """
-    k0 = seed if isinstance(seed, Tensor) else check_word("seed", seed)
-    k1 = step if isinstance(step, Tensor) else check_word("step", step)
+    k0 = seed & WORD if isinstance(seed, Tensor) else check_word("seed", seed)
+    k1 = step & WORD if isinstance(step, Tensor) else check_word("step", step)
     c0, c1 = index & WORD, (index >> 32) & WORD
     c2, c3 = torch.full_like(index, int(stream)), torch.full_like(index, int(layout))
     for _ in range(_ROUNDS):

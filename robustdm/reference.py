@@ -10,6 +10,8 @@ the first sample; a tensor, so that neither a compiled step nor a CUDA graph has
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -294,7 +296,8 @@ def group_norm_act_forward(
     y, v = group_norm_act(
         x, groups, weight, bias, scale, shift, add, residual, silu, dropout, key, layer, tiny
     )
-    grouped = v.to(wide(x.dtype)).reshape(len(x), groups, -1)
+    size = math.prod(x.shape[1:]) // groups
+    grouped = v.to(wide(x.dtype)).reshape(len(x), groups, size)
     variance, mean = torch.var_mean(grouped, -1, correction=0)
     return y, x.new_empty(0) if residual is None else v, mean, (variance + tiny).rsqrt()
 
@@ -349,9 +352,11 @@ def group_norm_act_backward(
         du = du * sigmoid * (1 + u * (1 - sigmoid))
     inner = tuple(range(2, dy.ndim))
     sum1, sum2 = (x.sum(inner) if inner else x for x in (du, du * xhat))
-    weights = gain.expand(batch, *gain.shape[1:]).flatten(1)
-    count = v[0].numel() // groups if batch else 1
-    m1, m2 = ((weights * s).view(batch, groups, -1).sum(-1) / count for s in (sum1, sum2))
+    weights = gain.expand(batch, *gain.shape[1:]).reshape(batch, channels)
+    count = math.prod(dy.shape[1:]) // groups
+    m1, m2 = (
+        (weights * s).view(batch, groups, channels // groups).sum(-1) / count for s in (sum1, sum2)
+    )
     dx = per_channel(rstd) * (gain * du - per_channel(m1) - xhat * per_channel(m2))
     if dv is not None:
         dx = dx + dv.to(work)

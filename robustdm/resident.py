@@ -21,6 +21,7 @@ class ResidentBatch:
         flip: mirror half of the images left to right; the step's draw decides which.
         corrupt_fraction, corrupt_sigma, corrupt_seed: the set's one noisy realisation, as in
             `robustdm.data.Corruption`.
+        dtype: of the diffused images.
     """
 
     data: Tensor
@@ -29,7 +30,7 @@ class ResidentBatch:
     corrupt_fraction: float = 0.0
     corrupt_sigma: float = 0.0
     corrupt_seed: int = 0
-    dtype = torch.float32
+    dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -420,7 +420,16 @@ def test_wrong_tensors_are_refused():
     draw = objective.draw(x0, seed=0, step=0)
     with pytest.raises(UsageError, match=r"torch.int64 of shape \(2, 2\)"):
         objective.draw(torch.zeros(2, 2, dtype=torch.int64), seed=0, step=0)
-    with pytest.raises(UsageError, match=r"draw has shape \(6, 5\), x0 \(3, 5\)"):
+    with pytest.raises(UsageError, match="draw has shape .* is torch.float64, x0 .* torch.float32"):
+        objective(network(), x0.float(), draw)
+    for t in (torch.tensor([-1] * 6), torch.tensor([1000] * 6), torch.zeros(6), torch.tensor([1])):
+        with pytest.raises(UsageError, match="one timestep per sample, int64 from 0 to 999"):
+            objective.draw(x0, seed=0, step=0, t=t)
+    with pytest.raises(UsageError, match="the model returns tuple: it must return the predicted"):
+        objective(lambda x, t: (x,), x0, draw)
+    with pytest.raises(UsageError, match="the model returns torch.int64 numbers"):
+        objective(lambda x, t: x.long(), x0, draw)
+    with pytest.raises(UsageError, match=r"draw has shape \(6, 5\) and is .*, x0 \(3, 5\)"):
         objective(network(), x0[:3], draw)
     with pytest.raises(UsageError, match=r"shape \(6, 4\) for samples of shape \(6, 5\)"):
         objective(lambda x, t: x[:, 1:], x0, draw)

@@ -24,6 +24,8 @@ TABLES = torch.stack((
     SCHEDULE.sqrt_one_minus_alphas_cumprod,
 ))
 SHAPES = [(2, 3, 8, 8), (3, 3, 7, 5), (1, 1, 1, 1), (5,), (4, 3), (2, 3, 2, 3, 2), (0, 3, 4, 4)]
+# Small samples share a block of the C++ code: the last block holds one, several, or is full.
+SHARED = [(n, 3, 8, 8) for n in range(1, 6)] + [(37, 1, 8, 8)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -189,7 +191,7 @@ VARIANTS = list(itertools.product(["stored", "drawn"], [False, True], [False, Tr
 @pytest.mark.parametrize("delta_from, invariance, detach", VARIANTS)
 def test_equivariance_loss(backend, dtype, delta_from, invariance, detach, poisoned):
     need("equivariance_loss", backend)
-    for shape in SHAPES[:5]:
+    for shape in SHAPES[:5] + (SHARED if dtype == torch.float32 and backend != "triton" else []):
         key, _, _, radius, lambda_t = draw(shape, torch.float32, first=2)
         o, o2 = (noisy(shape, dtype, n).requires_grad_() for n in (1, 2))
         delta = noisy(shape, torch.float32, 3) if delta_from == "stored" else None
@@ -311,6 +313,38 @@ def test_group_norm_act(backend, dtype, full):
     for name, a, b in zip(["x", *named], grads, wanted, strict=True):
         assert a.dtype == dtype
         assert relative_error(a, b) < (1e-5 if dtype == torch.float32 else 0.03), name
+
+
+@BACKEND
+def test_group_norm_act_of_nothing(backend):
+    need("group_norm_act", backend)
+    for chosen in (backend, "auto"):
+        x = torch.zeros(0, 8, 3, 3, requires_grad=True)
+        y = ops.group_norm_act(x, 2, backend=chosen)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == (0, 8, 3, 3)
+
+
+def test_auto_leaves_group_norms_on_a_cpu_to_torch(monkeypatch):
+    """Whose gradients are faster than the reference's; the numbers are the same."""
+    x = noisy((2, 12, 3, 5), torch.float32).requires_grad_()
+    add = noisy((2, 12), torch.float32, 1).requires_grad_()
+    results = []
+    for backend in ("torch", "auto"):
+        y, v = ops.group_norm_act(x, 4, add=add, residual=x, backend=backend)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append((y, v, *torch.autograd.grad((y * y + v).sum(), (x, add))))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_a_second_derivative_is_refused():
+    """The gradients are computed in the forward pass: what depends on them would be lost."""
+    key, _, _, radius, lambda_t = draw((2, 3), torch.float32)
+    o = torch.randn(2, 3, requires_grad=True)
+    total, _, _ = ops.equivariance_loss(o, None, None, radius, lambda_t, key)
+    with pytest.raises(RuntimeError, match="equivariance_loss has no second derivative"):
+        torch.autograd.grad(total, o, create_graph=True)
 
 
 def test_the_attack_asks_for_no_channel_sums(monkeypatch):
@@ -486,9 +520,8 @@ def test_one_graph_holds_them_all():
         key = torch.tensor([1, step, 0])
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             a, b = whole(x0, key), compiled(x0, key)
-        assert torch.equal(a, b)
         grads = (torch.autograd.grad(v, x0)[0] for v in (a, b))
-        assert torch.equal(*grads)
+        assert relative_error(a, b) < 1e-6 and relative_error(*grads) < 1e-5
 
 
 # Bad input: one error that names the op, the argument and what to do.
@@ -523,6 +556,8 @@ def test_the_good_arguments_are_good(op):
     call(op)
 
 
+GAPS = [torch.zeros(4, 5)[:, :2]]
+MIXED = [torch.zeros(2), torch.zeros(2).double()]
 NAN = torch.tensor([0.1, float("nan")])
 BAD = [
     ("noise_perturb", dict(x0=torch.zeros(2, 2, dtype=torch.int64)), r"x0 is torch.int64: give fl"),
@@ -555,6 +590,13 @@ BAD = [
     ("group_norm_act", dict(dropout=1.0), "dropout is 1.0"),
     ("group_norm_act", dict(dropout=0.5), "dropout needs a key"),
     ("group_norm_act", dict(x=torch.ones(3)), r"x has shape \(3,\): give"),
+    ("noise_perturb", dict(noise=torch.ones(2, requires_grad=True)), "noise requires a gradient"),
+    ("noise_perturb", dict(dtype=torch.int32), "dtype is torch.int32: give torch.float32"),
+    ("draw_samples", dict(tables=TABLES[:, :0]), r"tables is torch.float64 of shape \(3, 0\)"),
+    ("adamw_ema", {k: GAPS for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")},
+     r"params\[0\] has strides \(5, 1\) and shape \(4, 2\), with gaps"),
+    ("adamw_ema", {k: MIXED for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")},
+     r"params\[1\] is torch.float64, params\[0\] torch.float32"),
     ("adamw_ema", dict(grads=[]), "grads has 0 tensors, params 1"),
     ("adamw_ema", dict(grads=[torch.zeros(2, 3)]), r"grads\[0\] has shape \(2, 3\), params\[0\]"),
     ("adamw_ema", dict(exp_avgs=[torch.zeros(2, 3, 4, 4).double()]), "is torch.float64: it must"),

@@ -71,7 +71,7 @@ LAYERS = {
     "network": ("errors",), "device": (),
     "reference": ("random",), "resident": ("reference",), "native": ("errors", "reference"),
     "arguments": ("errors", "reference"),
-    "ops": ("errors", "arguments", "reference", "native"),
+    "ops": ("errors", "arguments", "reference", "native", "random"),
     "kernels": (),
     "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
                    "reference", "resident", "ops"),

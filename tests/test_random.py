@@ -151,3 +151,13 @@ def test_shuffles_are_permutations_that_differ_by_seed_and_epoch():
 def test_keys_beyond_a_word_are_refused(seed, step):
     with pytest.raises(UsageError, match="4294967295"):
         random.philox(seed, step, torch.arange(2), 0)
+
+
+def test_a_key_in_a_tensor_gives_the_same_words_whatever_its_upper_half():
+    index = torch.arange(5)
+    words = random.philox(7, 9, index, Stream.ELEMENT)
+    for seed, step in ((7, 9), (7 + 2**40, 9 - 2**33)):
+        again = random.philox(torch.tensor(seed), torch.tensor(step), index, Stream.ELEMENT)
+        assert all(torch.equal(a, b) for a, b in zip(words, again, strict=True))
+    one = random.philox_int(7, 9, 3, Stream.ELEMENT)
+    assert one == tuple(int(w[3]) for w in words)
