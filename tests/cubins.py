@@ -139,7 +139,7 @@ def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
         def backward(full, shape=shape, w=w, a=a, stats=stats):
             x = images(shape, dtype)
             module.group_norm_act_backward(
-                x, x, stats, stats, 32, w, w, 
+                x, x, stats, stats, 32, w, w,
                 *([a, a, None] if full else [None] * 3), True, 0.1 * full, KEY, 0,
                 x if full else None, full,
             )
@@ -206,12 +206,8 @@ def specialise(parameter, value) -> tuple[str, int | None]:
     return kind, 16 if value % 16 == 0 and not fixed else None
 
 
-def compiled(launch, architecture: int):
-    """A recorded launch as a compiled kernel, and what ptxas said of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def source_of(launch) -> tuple[Any, dict, dict, dict, dict]:
+    """Kernel, signature, constants, attributes and options of a recorded launch."""
     kernel, _, args, kwargs = launch
     values = dict(zip(kernel.arg_names, args, strict=False))
     values.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
@@ -224,11 +220,7 @@ def compiled(launch, architecture: int):
             constants[(i,)] = value
         elif divisor:
             attributes[(i,)] = [["tt.divisibility", divisor]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        result = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    return result, log.getvalue()
+    return kernel, signature, constants, attributes, options
 
 
 def widths(ptx: str, operation: str) -> str:
@@ -242,14 +234,23 @@ def widths(ptx: str, operation: str) -> str:
     return " ".join(f"{size}x{n}" for size, n in sorted(counts.items(), reverse=True)) or "-"
 
 
-def measure(launch, architecture: int) -> dict:
-    kernel, log = compiled(launch, architecture)
+def measure(source, architecture: int) -> dict:
+    """Compile what `source_of` returned: a row of the table, and the assembly."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, signature, constants, attributes, options = source
+    what, stdout = ASTSource(function, signature, constants, attributes), io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        kernel = triton.compile(what, GPUTarget("cuda", architecture, 32), options)
+    log = stdout.getvalue()
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not spills:
-        raise RuntimeError(f"ptxas reported nothing on {launch[0].__name__}: {log!r}")
+        raise RuntimeError(f"ptxas reported nothing on {function.__name__}: {log!r}")
     return {
-        "kernel": launch[0].__name__,
+        "kernel": function.__name__,
         "arch": architecture,
         "warps": kernel.metadata.num_warps,
         "registers": int(registers.group(1)),
@@ -285,9 +286,11 @@ def main() -> None:
                 title = f"{name}/{case}/{kind}"
                 if options.only not in title or not (default or options.slow):
                     continue
-                for launch in record(module, call):
+                # A batch in chunks launches the same kernel over and over.
+                sources = {str(s): s for s in map(source_of, record(module, call))}
+                for source in sources.values():
                     for architecture in options.arch:
-                        row = {"case": title, **measure(launch, architecture)}
+                        row = {"case": title, **measure(source, architecture)}
                         asm = row.pop("asm")
                         if options.keep:
                             stem = f"{title.replace('/', '-')}-{row['kernel']}-sm{architecture}"
