@@ -48,6 +48,12 @@ def test_elementwise_kernels(tmp_path, architecture, dtypes):
     assert big and all(r["stores"].startswith("16x") and r["loads"].startswith("16x") for r in big)
 
 
+def test_a_regenerated_delta_beside_wide_gradients_spills_nothing(tmp_path):
+    rows = compiled(tmp_path, "--only", "equivariance_loss/256px-ran", "--arch", "100", "--dtype",
+                    "fp16")
+    check(rows, ["equivariance_loss"], [100], ["fp16"])
+
+
 def test_group_norm_kernels(tmp_path):
     rows = compiled(tmp_path, "--only", "group_norm_act/128x32x32", "--arch", "90", "--dtype",
                     "bf16")
