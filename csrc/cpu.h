@@ -5,8 +5,7 @@
 // internal linkage, so that the linker cannot mix functions of different instruction sets.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
+#include "philox.h"  // as_float, as_bits
 
 #define ROBUSTDM_ABI 1  // native.ABI
 
@@ -52,23 +51,11 @@ void parallel_for(int64_t count, int threads, Runtime runtime, Body body) {
       &shared, (unsigned)threads, 0);
 }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-inline float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+inline float from_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
 
 // Round to nearest even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
-  const uint32_t bits = bits_of(x);
+  const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   // A mask instead of a choice: compilers turn choices into branches, and then vectorise nothing.
   const uint32_t nan = 0u - (uint32_t)((bits & 0x7fffffffu) > 0x7f800000u);
@@ -79,18 +66,18 @@ inline float from_f16(uint16_t h) {
   const uint32_t shifted = (uint32_t)(h & 0x7fff) << 13, exponent = shifted & 0x0f800000u;
   const uint32_t normal = shifted + 0x38000000u;                      // exponent bias 15 -> 127
   const uint32_t special = shifted + 0x70000000u;                     // infinity and NaN
-  const uint32_t tiny = bits_of(float_of(shifted + 0x38800000u) - 0x1p-14f);  // subnormal
+  const uint32_t tiny = as_bits(as_float(shifted + 0x38800000u) - 0x1p-14f);  // subnormal
   uint32_t bits = exponent == 0x0f800000u ? special : normal;
   bits = exponent == 0 ? tiny : bits;
-  return float_of(bits | (uint32_t)(h & 0x8000) << 16);
+  return as_float(bits | (uint32_t)(h & 0x8000) << 16);
 }
 
 // Round to nearest even; beyond 65504 infinity; NaN stays NaN.
 inline uint16_t to_f16(float x) {
-  const uint32_t sign = bits_of(x) & 0x80000000u, bits = bits_of(x) ^ sign;
+  const uint32_t sign = as_bits(x) & 0x80000000u, bits = as_bits(x) ^ sign;
   const uint32_t normal = (bits - 0x38000000u + 0x0fffu + (bits >> 13 & 1u)) >> 13;
   // Adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the hardware.
-  const uint32_t tiny = bits_of(float_of(bits) + 0.5f) - 0x3f000000u;
+  const uint32_t tiny = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
   uint32_t half = bits < 0x38800000u ? tiny : normal;
   half = bits >= 0x477ff000u ? 0x7c00u : half;
   half = bits > 0x7f800000u ? 0x7e00u : half;

@@ -114,15 +114,20 @@ def signed_uniform(word: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (((word >> 9) << 1) + (1 - 2**23)).to(dtype) * 2.0**-23
 
 
+def _box_muller(word0: Tensor, word1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Length and angle of a normal pair, in float32 at least."""
+    work = torch.promote_types(dtype, torch.float32)
+    u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
+    return u.log_().mul_(-2).sqrt_(), (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
+
+
 def normal(word0: Tensor, word1: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal by Box-Muller from two words: |z| < 6.8, a few ulp apart across devices.
 
     Computed in float32 at least and rounded to ``dtype`` once: half precision holds no 2**-33.
     """
-    work = torch.promote_types(dtype, torch.float32)
-    u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
-    angle = (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
-    return u.log_().mul_(-2).sqrt_().mul_(angle.cos_()).to(dtype)
+    length, angle = _box_muller(word0, word1, dtype)
+    return length.mul_(angle.cos_()).to(dtype)
 
 
 def normal_pair(
@@ -132,10 +137,7 @@ def normal_pair(
 
     Computed in float32 at least and rounded to ``dtype`` once: half precision holds no 2**-33.
     """
-    work = torch.promote_types(dtype, torch.float32)
-    u = (word0.to(work) * 2.0**-32).clamp_(min=2.0**-33)
-    angle = (word1.to(work) * 2.0**-32).mul_(2 * math.pi)
-    length = u.log_().mul_(-2).sqrt_()
+    length, angle = _box_muller(word0, word1, dtype)
     return (length * angle.cos()).to(dtype), length.mul_(angle.sin_()).to(dtype)
 
 
