@@ -1,4 +1,5 @@
-"""``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch.
+"""``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch;
+``--suite sampling``: draw samples, against diffusers.
 
 Every provider is checked first: no speed is printed for a wrong result, and the exit code is 1.
 benchmarks/README.md explains the columns.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 # The checkout's own package, whatever is installed.
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elementwise
 import network
 import report
+import sampling
 import torch
 import tyro
 from case import Case
@@ -37,20 +40,31 @@ MINUTES = {"cuda": 4.0, "cpu": 3.0}
 SLACK = 12.0  # seconds for the imports, and for what comes after the last case
 COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range(20, 29)]}
 TINY_COPY = [2**20]
+# Suites that time whole programs: modules with names(config, device), run(config, device, head),
+# which returns the record, print_record(record) and failures(record).
+PROGRAMS = {"sampling": sampling}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Time the fused ops against eager torch, torch.compile and each other."""
+    """Time the fused ops against eager torch, torch.compile and each other, or whole programs."""
 
-    suite: Literal["kernels", "cpu"]
-    """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU."""
+    suite: Literal["kernels", "cpu", "sampling"]
+    """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU; sampling: drawing
+    samples, where kernels runs."""
+    model: str | None = None
+    """sampling: tiny (6.5 M weights, the default), or a preset for images: digits, cifar10 ..."""
+    batch: int | None = None
+    """sampling: samples drawn at once; by default 128 on a GPU, 16 on a CPU."""
+    steps: int | None = None
+    """sampling: sampling steps of a timing; by default 50 on a GPU, 5 on a CPU."""
     only: str = ""
-    """Only cases whose name holds this."""
+    """Only cases (sampling: providers) whose name holds this."""
     repeats: int = 15
     """Samples of each provider at most; slow ones get fewer, to stay within the time."""
     minutes: float | None = None
-    """Time for the suite; by default 4 on a GPU, 3 on a CPU. More time compiles more cases."""
+    """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5). More time compiles
+    more cases."""
     out: Path | None = None
     """Write the record, JSON, to this file."""
     plot: Path | None = None
@@ -66,26 +80,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, args=argv, prog="python benchmarks/run.py")
     if config.repeats < 1:
         raise UsageError(f"repeats is {config.repeats}: it must be at least 1")
-    gpu = config.suite == "kernels" and torch.cuda.is_available()
+    gpu = config.suite != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
+    if config.suite in PROGRAMS:
+        return run_program(PROGRAMS[config.suite], device, config, argv)
+    for field in ("model", "batch", "steps"):
+        if getattr(config, field) is not None:
+            raise UsageError(f"{field} is {getattr(config, field)!r}: the suite {config.suite} has "
+                             f"none; leave it out, or use --suite {' or '.join(PROGRAMS)}")
     cases = select(device, config.only, config.tiny)
     if config.list:
         for case in cases:
             print(f"{case.name}: {case.nbytes:,} B; {case.formula}")
         return 0
-    for path in (config.out, config.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path} cannot be written: make the directory {path.parent} first")
+    check_outputs(config)
     if config.suite == "kernels" and not gpu:
         print("torch sees no GPU: the CPU's backends are timed instead")
-    arguments = sys.argv[1:] if argv is None else argv
-    record = run(cases, device, config, command(arguments))
+    record = run(cases, device, config, command(argv))
     report.print_record(record)
     if config.out is not None:
         write_json(config.out, record)
     if config.plot is not None:
         report.plot(record, config.plot)
     return 1 if report.failures(record) else 0
+
+
+def run_program(
+    program: ModuleType, device: torch.device, config: BenchmarkConfig, argv: Sequence[str] | None
+) -> int:
+    """Run one of ``PROGRAMS``; returns the exit code."""
+    if config.list:
+        print(*program.names(config, device), sep="\n")
+        return 0
+    if config.plot is not None:
+        raise UsageError(f"plot is {config.plot}: the suite {config.suite} has no picture; leave "
+                         "it out")
+    check_outputs(config)
+    record = program.run(config, device, head(device, Sensors(device), command(argv)))
+    program.print_record(record)
+    if config.out is not None:
+        write_json(config.out, record)
+    return 1 if program.failures(record) else 0
+
+
+def check_outputs(config: BenchmarkConfig) -> None:
+    """Look for the folders of the files to write, before the minutes of work.
+
+    Raises:
+        UsageError: if one is missing.
+    """
+    for path in (config.out, config.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: make the directory {path.parent} first")
 
 
 def select(device: torch.device, only: str, tiny: bool) -> list[Case]:
@@ -108,10 +154,7 @@ def run(cases: list[Case], device: torch.device, config: BenchmarkConfig, comman
     sensors = Sensors(device)
     record = {
         "schema": report.SCHEMA,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command,
-        **machine(device, sensors),
-        "load_before": os.getloadavg()[0],
+        **head(device, sensors, command),
         "copy": copy_curve(device, TINY_COPY if config.tiny else COPY_SIZES[device.type]),
         "cases": [], "left_out": [],
     }
@@ -134,8 +177,19 @@ def run(cases: list[Case], device: torch.device, config: BenchmarkConfig, comman
     return record
 
 
-def command(arguments: Sequence[str]) -> str:
+def head(device: torch.device, sensors: Sensors, command: str) -> dict:
+    """What every record begins with, behind its schema."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        **machine(device, sensors),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def command(argv: Sequence[str] | None) -> str:
     """The command as typed, without the paths of this machine."""
+    arguments = sys.argv[1:] if argv is None else argv
     short = [Path(a).name if os.path.isabs(a) else a for a in arguments]
     return shlex.join(["python", "benchmarks/run.py", *short])
 

@@ -15,6 +15,7 @@ _HOMES = {
     "Draw": "robustdm.objectives",
     "Loss": "robustdm.objectives",
     "ResidentBatch": "robustdm.resident",
+    "fast_network": "robustdm.inference",
     "fuse": "robustdm.models.fuse",
     "unfuse": "robustdm.models.fuse",
     "TrainConfig": "robustdm.training.config",

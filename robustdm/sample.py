@@ -46,6 +46,10 @@ class SampleConfig:
     """Samples computed at once; changes speed and memory, not the samples."""
     seed: int = 0
     """Sample k of a seed is the same whatever --num and --batch-size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 rounds weights and activations: faster, and samples change a little."""
+    compile: bool = False
+    """Compile the network with torch.compile; falls back to eager where that cannot work."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False
@@ -86,7 +90,8 @@ def generate(config: SampleConfig) -> Path:
 
     import torch
 
-    from robustdm.sampling import sample
+    from robustdm.inference import fast_network
+    from robustdm.sampling import check_settings, sample
     from robustdm.training.loop import is_out_of_memory
     from robustdm.training.run import load_run
     from robustdm.training.trainer import resolve_device
@@ -95,15 +100,19 @@ def generate(config: SampleConfig) -> Path:
     run = load_run(config.run, config.ema, device, config.checkpoint)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image
-    started = time.monotonic()
+    settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
+                    spacing=config.spacing, variance=config.variance, eta=config.eta,
+                    batch_size=config.batch_size)
+    check_settings(run.schedule, **settings)
+    network = fast_network(
+        run.model, precision=config.precision, compile=config.compile, device=device
+    )
     try:
+        _prepare(network, config, run.shape)
+        started = time.monotonic()
         with _progress(config.num) as progress:
-            samples = sample(
-                run.model, run.schedule, run.shape, num=config.num, sampler=config.sampler,
-                steps=config.steps, spacing=config.spacing, variance=config.variance,
-                eta=config.eta, clip=clip, seed=config.seed, batch_size=config.batch_size,
-                device=device, progress=progress,
-            )
+            samples = sample(network, run.schedule, run.shape, **settings, clip=clip,
+                             seed=config.seed, device=device, progress=progress)
     except RuntimeError as error:
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
@@ -117,13 +126,28 @@ def generate(config: SampleConfig) -> Path:
             f"the samples of {config.run} at step {run.step} are not finite numbers: the run has "
             "diverged; sample from an earlier --checkpoint"
         )
-    record = _record(config, run, clip, seconds)
+    record = _record(config, run, clip, seconds, network.off)
     try:
         _write(out, samples.numpy(), run.is_image, record)
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error.strerror}): name another --out") from error
     print(f"{config.num} samples at {record['img_per_s']:.3g} img/s are in {out}")
     return out
+
+
+def _prepare(network, config: SampleConfig, shape: tuple[int, ...]) -> None:
+    """Compile and capture before the clock of the sampling starts, and say what did not work."""
+    if config.compile:
+        print("compiling the network ...", flush=True)
+    begin = time.monotonic()
+    network.prepare(min(config.batch_size, config.num), shape)
+    if config.compile and "compile" not in network.off:
+        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if "compile" in network.off:
+        print("warning: --compile does not work here, running eagerly "
+              f"({network.off['compile']})", flush=True)
+    if "cuda_graph" in network.off:
+        print(f"warning: no CUDA graph could be captured ({network.off['cuda_graph']})", flush=True)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -140,7 +164,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UsageError(f"out is {str(out)!r}: it cannot be read ({error.strerror})") from None
 
 
-def _record(config: SampleConfig, run, clip: bool, seconds: float) -> dict:
+def _record(
+    config: SampleConfig, run, clip: bool, seconds: float, off: dict[str, str]
+) -> dict:
     """What made these samples, for sample.json."""
     from robustdm.training.rundir import provenance
 
@@ -154,6 +180,7 @@ def _record(config: SampleConfig, run, clip: bool, seconds: float) -> dict:
         "shape": list(run.shape),
         "seconds": round(seconds, 3),
         "img_per_s": config.num / seconds,
+        "off": off,
         "provenance": provenance(),
     }
 

@@ -228,18 +228,8 @@ def sample(
 
     Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
     """
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}: it must be at least 1")
-    if first_index < 0:
-        raise UsageError(f"first_index is {first_index}: it must not be negative")
-    _check_choice("sampler", sampler, Sampler)
-    _check_choice("variance", variance, Variance)
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta is {eta}: it must be from 0 to 1")
-    if eta and sampler == "ddpm":
-        raise UsageError(f"eta is {eta}: ddpm has none; use sampler ddim, or drop eta")
-
+    check_settings(schedule, num=num, batch_size=batch_size, first_index=first_index,
+                   sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta)
     chain = Respaced(schedule, timesteps(schedule, steps, spacing))
     if device is None:
         tensors = model.parameters() if isinstance(model, torch.nn.Module) else ()
@@ -274,6 +264,29 @@ def sample(
                 trajectory(-1, numbers, x)
             samples[start:start + count] = x.cpu()
     return samples
+
+
+def check_settings(
+    schedule: NoiseSchedule, *, num: int, batch_size: int, sampler: Sampler, steps: int | None,
+    spacing: Spacing, variance: Variance, eta: float, first_index: int = 0,
+) -> None:
+    """What `sample` checks first, for those that have long work to do before.
+
+    Raises:
+        UsageError: for an argument out of range.
+    """
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}: it must be at least 1")
+    if first_index < 0:
+        raise UsageError(f"first_index is {first_index}: it must not be negative")
+    _check_choice("sampler", sampler, Sampler)
+    _check_choice("variance", variance, Variance)
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta is {eta}: it must be from 0 to 1")
+    if eta and sampler == "ddpm":
+        raise UsageError(f"eta is {eta}: ddpm has none; use sampler ddim, or drop eta")
+    timesteps(schedule, steps, spacing)
 
 
 @contextlib.contextmanager

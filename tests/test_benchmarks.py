@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustdm import UsageError, native, ops, reference
+from robustdm import RunError, UsageError, native, ops, reference
+from robustdm.models import build_model
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -19,6 +20,7 @@ import elementwise  # noqa: E402
 import network  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import sampling  # noqa: E402
 import timing  # noqa: E402
 from case import against, looks_like  # noqa: E402
 from measure import Budget, measure  # noqa: E402
@@ -218,3 +220,131 @@ def test_usage_errors_are_one_line(tmp_path):
 def test_list(capsys):
     assert run.main(["--suite", "cpu", "--tiny", "--list"]) == 0
     assert "fgsm_project 4x3x8x8 bf16: 6,144 B; read x_t and" in capsys.readouterr().out
+
+
+# The sampling suite. So few minutes leave no time to compile.
+
+DRAWING = ["--suite", "sampling", "--tiny", "--repeats", "2", "--minutes", "0.0001"]
+
+
+def test_the_record_of_sampling(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    assert run.main([*DRAWING, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["schema"] == sampling.SCHEMA and record["weights"] == "random"
+    assert record["command"].startswith("python benchmarks/run.py --suite sampling --tiny")
+    assert (record["batch"], record["steps"], record["shape"]) == (2, 3, [3, 8, 8])
+    for sampler in ("ddim", "ddpm"):
+        rows = {r["provider"]: r for r in record["rows"] if r["sampler"] == sampler}
+        assert list(rows) == [p.name for p in sampling.providers(CPU)]
+        off = {name for name, row in rows.items() if row["status"] == "off"}
+        assert off == {name for name in rows if "compile" in name}
+        assert "no time left" in rows["ours compile"]["reason"]
+        best = min(r["ms"] for name, r in rows.items() if name not in off and not r["ours"])
+        for name in rows.keys() - off:
+            row = rows[name]
+            assert row["status"] == "ok" and row["error"] <= row["limit"] and row["samples"] == 2
+            assert row["img_per_s"] == pytest.approx(2 / (50 * row["ms"] / 1e3))
+            assert row["vs_eager"] == pytest.approx(rows["diffusers"]["ms"] / row["ms"])
+            assert row["vs_best"] == pytest.approx(best / row["ms"])
+            assert "vs_compile" not in row
+    assert "ours bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["noise", "spacing", "weights"])
+def test_wrong_samples_have_no_speed(monkeypatch, tmp_path, capsys, wrong):
+    if wrong == "weights":
+        fast = sampling.fast_network
+
+        def other(model, **options):
+            network = fast(model, **options)
+            with torch.no_grad():
+                network.network.conv_out.weight *= 1.01
+            return network
+
+        monkeypatch.setattr(sampling, "fast_network", other)
+    else:
+        changed = dict(noise=dict(seed=1), spacing=dict(spacing="trailing"))[wrong]
+        draw = sampling.sample
+        monkeypatch.setattr(sampling, "sample", lambda *a, **k: draw(*a, **{**k, **changed}))
+    out = tmp_path / "record.json"
+    assert run.main([*DRAWING, "--only", "ours fused", "--out", str(out)]) == 1
+    rows = [r for r in json.loads(out.read_text())["rows"] if r["ours"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["status"] == "WRONG" and not {"ms", "img_per_s", "vs_eager"} & set(row)
+    assert capsys.readouterr().out.count("WRONG") == 4  # in the table, and below it
+
+
+def test_a_provider_that_raises(monkeypatch):
+    """Ours fails the run; others', or ours where something is missing, are off."""
+    def broken(text, kind=RuntimeError):
+        def build(task):
+            raise kind(text)
+
+        return build
+
+    task = sampling.make_task(run.BenchmarkConfig("sampling", tiny=True), CPU)
+    for provider, status in (
+        (sampling.Provider("a", broken("no memory"), ours=True), "FAILED"),
+        (sampling.Provider("a", broken("no memory")), "off"),
+        (sampling.Provider("a", broken("no memory", sampling.Off), ours=True), "off"),
+    ):
+        rows, generate = sampling._checked(provider, task, {}, late=False)
+        assert [row["status"] for row in rows] == [status] * 2 and generate is None
+        assert all("no memory" in row["reason"] for row in rows)
+        assert bool(sampling.failures({"rows": rows})) == (status == "FAILED")
+    monkeypatch.setattr(sampling, "_diffusers", lambda name, **k: sampling.Provider(
+        name, broken("no memory")))
+    with pytest.raises(RunError, match="no memory"):
+        run.main(DRAWING)
+
+
+def test_what_cannot_be_compiled_is_off(monkeypatch):
+    monkeypatch.setattr("robustdm.inference.compile_network", lambda model, probe: "no compiler")
+    task = sampling.make_task(run.BenchmarkConfig("sampling", tiny=True), CPU)
+    provider = next(p for p in sampling.providers(CPU) if p.name == "ours compile")
+    rows, _ = sampling._checked(provider, task, {}, late=False)
+    assert [(row["status"], row["reason"]) for row in rows] == [("off", "no compiler")] * 2
+
+
+def test_providers_of_a_gpu_and_their_table(tmp_path, capsys):
+    names = [p.name for p in sampling.providers(torch.device("cuda"))]
+    assert len(names) == len(set(names)) and "ours bf16 compile graph" in names
+    out = tmp_path / "record.json"
+    assert run.main([*DRAWING, "--only", "ours fused", "--out", str(out)]) == 0
+    made = json.loads(out.read_text())
+    made.update(device="cuda", gpu="H200")
+    for row in made["rows"]:
+        row["peak_mib"] = 12.0
+    sampling.print_record(made)
+    text = capsys.readouterr().out
+    assert "H200" in text and "MiB" in text
+
+
+def test_usage_of_sampling(tmp_path, capsys):
+    assert run.main([*DRAWING, "--list"]) == 0
+    assert "ours fused\n" in capsys.readouterr().out
+    for arguments, problem in (
+        (["--only", "no such"], "no provider"), (["--model", "plane"], "model is 'plane'.*digits"),
+        (["--batch", "0"], "batch is 0"), (["--steps", "2000"], "steps is 2000"),
+        (["--plot", str(tmp_path / "x.png")], "no picture"),
+        (["--out", str(tmp_path / "no/x.json")], "make the directory"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            run.main([*DRAWING, *arguments])
+    with pytest.raises(UsageError, match="batch is 4: the suite cpu has none.*sampling"):
+        run.main([*QUICK, "--batch", "4"])
+
+
+@pytest.mark.parametrize("model,weights", [("tiny", 6.47), ("digits", 0.435), ("cifar10", 35.7)])
+def test_models_of_sampling(monkeypatch, model, weights):
+    def meta(config, shape):
+        with torch.device("meta"):
+            return build_model(config, shape)
+
+    monkeypatch.setattr(sampling, "build_model", meta)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    task = sampling.make_task(run.BenchmarkConfig("sampling", model=model), CPU)
+    count = sum(p.numel() for p in task.model.parameters()) / 1e6
+    assert count == pytest.approx(weights, rel=0.01) and task.batch == 16

@@ -30,6 +30,7 @@ def test_optional_packages_are_never_imported_by_the_core(tmp_path):
     modules = [
         "robustdm", "robustdm.train", "robustdm.sample", "robustdm.report", "robustdm.reproduce",
         "robustdm.training.loop", "robustdm.objectives", "robustdm.data", "robustdm.sampling",
+        "robustdm.inference",
     ]
     loaded = python(
         f"import sys\nimport {', '.join(modules)}\n"
@@ -76,6 +77,7 @@ LAYERS = {
     "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
                    "reference", "resident", "ops"),
     "sampling": ("errors", "random", "schedule", "network"),
+    "inference": ("errors", "network", "models", "training.compilation"),
     "metrics": ("random",),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
              "data"),

@@ -58,7 +58,8 @@ def test_images_are_written(digits_run, tmp_path, capsys):
     run = load_run(digits_run)
     expected = sample(run.model, run.schedule, run.shape, num=5, steps=3, sampler="ddim", eta=0.5,
                       spacing="trailing", seed=4)
-    assert np.array_equal(samples, expected.numpy())
+    # The network runs fused.
+    np.testing.assert_allclose(samples, expected.numpy(), rtol=0, atol=1e-5 * np.abs(samples).max())
     # A digit's samples are not clipped: that would hide noise at the edge of the range.
     assert np.abs(samples).max() > 1
     record = json.loads((out / "sample.json").read_text())
@@ -67,6 +68,7 @@ def test_images_are_written(digits_run, tmp_path, capsys):
                 "run": str(digits_run)}
     assert {key: record[key] for key in settings} == settings
     assert record["provenance"]["versions"]["torch"] and record["img_per_s"] > 0
+    assert record["precision"] == "fp32" and record["compile"] is False and record["off"] == {}
     assert str(out) in capsys.readouterr().out
 
 
@@ -75,6 +77,47 @@ def test_samples_do_not_depend_on_the_batch_size(digits_run, tmp_path):
     b = call(digits_run, tmp_path / "b", "--num", 3, "--steps", 4, "--batch-size", 2)
     scale = np.abs(a).max()
     assert np.abs(a[:3] - b).max() <= 1e-5 * scale
+
+
+def test_precision(digits_run, tmp_path):
+    flags = ("--num", 4, "--steps", 4)
+    a = call(digits_run, tmp_path / "a", *flags)
+    b = call(digits_run, tmp_path / "b", *flags, "--precision", "bf16")
+    assert b.dtype == np.float32 and 0 < np.abs(a - b).max() < 0.05 * np.abs(a).max()
+    assert json.loads((tmp_path / "b" / "sample.json").read_text())["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("reason", [None, "RuntimeError: no compiler"])
+def test_compiling_says_what_became_of_it(digits_run, tmp_path, capsys, monkeypatch, reason):
+    probed = []
+
+    def compile_network(model, probe):
+        probed.append(tuple(probe().shape))
+        return reason
+
+    monkeypatch.setattr("robustdm.inference.compile_network", compile_network)
+    flags = ("--num", 5, "--steps", 2)
+    plain = call(digits_run, tmp_path / "plain", *flags)
+    capsys.readouterr()
+    samples = call(digits_run, tmp_path / "out", *flags, "--batch-size", 3, "--compile")
+    np.testing.assert_allclose(samples, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+    out = capsys.readouterr().out
+    assert "compiling the network ..." in out and probed == [(3, 1, 8, 8)]
+    off = json.loads((tmp_path / "out" / "sample.json").read_text())["off"]
+    if reason is None:
+        assert "compiled in 0 s" in out and "warning" not in out and off == {}
+    else:
+        assert f"warning: --compile does not work here, running eagerly ({reason})" in out
+        assert "compiled in" not in out and off == {"compile": reason}
+
+
+def test_wrong_settings_are_found_before_compiling(digits_run, tmp_path, capsys, monkeypatch):
+    def compile_network(model, probe):
+        pytest.fail("compiled first")
+
+    monkeypatch.setattr("robustdm.inference.compile_network", compile_network)
+    assert_one_line(["--run", digits_run, "--out", tmp_path / "out", "--compile", "--steps", 2000],
+                    2, "steps is 2000", capsys=capsys)
 
 
 def test_other_average_and_variance(digits_run, tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from robustdm.errors import UsageError
 from robustdm.network import predict_noise
@@ -352,6 +354,38 @@ def test_network_outputs_of_every_form():
     assert predict_noise(lambda x, t: x.bfloat16(), x, t).dtype == torch.bfloat16
     with pytest.raises(UsageError, match=r"\(2, 1, 4, 4\)"):
         predict_noise(lambda x, t: x[:, :1], x, t)
+
+
+class Transfers(TorchDispatchMode):
+    """Operations between the host and the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if len({x.device for x in tensors}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(sampler="ddim"), dict(sampler="ddim", eta=0.5)])
+def test_no_step_waits_for_the_device(settings):
+    """On tensors without values whatever would ask for one raises."""
+    class Done(Exception):
+        pass
+
+    def trajectory(timestep, numbers, x):
+        assert x.is_meta
+        if timestep < 0:
+            raise Done
+
+    with Transfers() as transfers, pytest.raises(Done):
+        sample(toy_model, SCHEDULE, SHAPE, num=2, steps=3, clip=True, device="meta",
+               trajectory=trajectory, **settings)
+    assert transfers.found == []
 
 
 def test_clipping_keeps_the_result_in_range():
