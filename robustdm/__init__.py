@@ -14,6 +14,7 @@ _HOMES = {
     "Objective": "robustdm.objectives",
     "Draw": "robustdm.objectives",
     "Loss": "robustdm.objectives",
+    "GradientStep": "robustdm.step",
     "ResidentBatch": "robustdm.resident",
     "fast_network": "robustdm.inference",
     "fuse": "robustdm.models.fuse",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PASS_STRIDE = 1 << 16
 """Layers that one forward pass may number before the next pass's begin."""
@@ -45,3 +45,19 @@ def masks_from(key: Tensor, number: int = 0) -> Iterator[None]:
 def mask_source() -> MaskSource | None:
     """The source in force, None outside of `masks_from`."""
     return _current
+
+
+def unfused_dropout(model: nn.Module) -> list[str]:
+    """Names of a module's active dropout layers that draw from torch's own generator.
+
+    Fused blocks, which draw from `mask_source`, say so by ``draws_masks = True``.
+    """
+    fused = tuple(
+        name + "." if name else "" for name, m in model.named_modules()
+        if getattr(m, "draws_masks", False)
+    )
+    return [
+        name for name, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+        and not name.startswith(fused)
+    ]

@@ -13,9 +13,8 @@ o' - o - delta = -(sqrt(abar_t) / s) (x0_hat' - x0_hat).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ from robustdm.random import Stream
 from robustdm.resident import ResidentBatch
 from robustdm.schedule import NoiseSchedule, expand
 
+ATTACKING = ("robust_adv", "invariance")
 OBJECTIVES = ("ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran")
 
 
@@ -48,8 +48,10 @@ class Draw:
             batch's dtype, so that perturbations stay in the ball whatever the precision.
         lambda_t: (B,) weight of the regulariser, as wide; that of the objective that drew.
         key: (3,) int64 on the device: seed, step, first_index.
-        seed, step, first_index: what the numbers were drawn from.
         shape, dtype: of the batch.
+        regularised: whether this step has the regulariser (see ``reg_every`` of `Objective`).
+        dropout_seed: seed of the generator that `torch.nn.Dropout` draws from in the first pass of
+            the step; None leaves the generator alone. (The layers of `robustdm.fuse` use ``key``.)
     """
 
     t: Tensor
@@ -59,11 +61,10 @@ class Draw:
     radius: Tensor
     lambda_t: Tensor
     key: Tensor
-    seed: int
-    step: int
-    first_index: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    regularised: bool = True
+    dropout_seed: int | None = None
 
     @property
     def eps(self) -> Tensor:
@@ -77,13 +78,15 @@ class Draw:
         unit = random.element_noise(self.key, self.shape, self.radius.dtype)[1]
         return (unit * expand(self.radius, unit)).to(self.dtype)
 
-    @property
-    def dropout_seed(self) -> int:
-        """Seed of the generator that dropout draws from in the first pass of the step."""
-        high, low, _, _ = random.philox_int(
-            self.seed, self.step, self.first_index, Stream.DROPOUT
-        )
-        return (high >> 1) << 32 | low
+    def part(self, begin: int, end: int) -> Draw:
+        """The draw of the samples from ``begin`` up to, not including, ``end``."""
+        if (begin, end) == (0, self.shape[0]):
+            return self
+        vectors = (self.t, self.beta, self.signal, self.noise, self.radius, self.lambda_t)
+        # Not key + tensor([0, 0, begin]): a constant made on the host would have to be copied.
+        key = torch.cat([self.key[:2], self.key[2:] + begin]) if begin else self.key
+        return Draw(*(v[begin:end] for v in vectors), key, (end - begin, *self.shape[1:]),
+                    self.dtype, self.regularised, self.dropout_seed)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ class Loss:
     Attributes:
         total: scalar, ``(fit + reg).mean()``; it alone carries a gradient.
         fit: (B,) mean squared error of the noise prediction, per sample.
-        reg: (B,) regulariser, lambda_t included, per sample; zeros for "ddpm".
+        reg: (B,) regulariser with all its factors, per sample; zeros where there is none.
         xt: (B, ...) the diffused batch.
-        x_adv: (B, ...) the perturbed batch x_t + s delta; None for "ddpm".
+        x_adv: (R, ...) the perturbed samples x_t + s delta: the first R of the batch, all B of them
+            unless ``reg_fraction`` says otherwise; None without the regulariser.
         draw: the random numbers it was computed from.
     """
 
@@ -109,10 +113,11 @@ class Loss:
 
     @property
     def delta(self) -> Tensor | None:
-        """(B, ...) the perturbation used, eps-units; None for "ddpm"."""
+        """(R, ...) the perturbation used, eps-units; None without the regulariser."""
         if self.x_adv is None:
             return None
-        return self.draw.delta if self._delta is None else self._delta
+        draw = self.draw.part(0, len(self.x_adv))
+        return draw.delta if self._delta is None else self._delta
 
 
 class Objective:
@@ -134,6 +139,13 @@ class Objective:
         lambda_max: upper bound of lambda_t; None is unbounded.
         attack: "output" maximises |E(x_t + s delta) - o|^2 (Eq. 8), "equivariance" the residual
             |E(x_t + s delta) - o - delta|^2 that the loss penalises.
+        reg_fraction: share q of the batch that gets the regulariser, with weight 1/q: the first
+            samples, at least one. Their gradient is unbiased, and noisier: a batch is a random
+            sample already, so that no second choice is needed.
+        reg_every: the regulariser acts in every k-th step only, with weight k.
+        reg_from: first step that has the regulariser (adversarial fine-tuning).
+        attack_fraction: share of the regularised samples whose perturbation is attacked; the
+            others keep their random start. The last four are approximations, for less work.
 
     Raises:
         UsageError: for an unknown name or option.
@@ -151,6 +163,10 @@ class Objective:
         share_dropout: bool = True,
         lambda_max: float | None = None,
         attack: str = "output",
+        reg_fraction: float = 1.0,
+        reg_every: int = 1,
+        reg_from: int = 0,
+        attack_fraction: float = 1.0,
     ):
         for field, value, choices in (
             ("objective", name, OBJECTIVES),
@@ -162,6 +178,12 @@ class Objective:
                 raise UsageError(f"{field} is {value!r}: choose one of {', '.join(choices)}")
         if lambda_max is not None and not lambda_max >= 0:
             raise UsageError(f"lambda_max is {lambda_max}: give a number, 0 or more, or None")
+        for field, value in (("reg_fraction", reg_fraction), ("attack_fraction", attack_fraction)):
+            if not 0 < value <= 1:
+                raise UsageError(f"{field} is {value}: it is a share, above 0 and up to 1")
+        if reg_every < 1 or reg_from < 0:
+            raise UsageError(f"reg_every is {reg_every}, reg_from {reg_from}: give a number of "
+                             "steps, at least 1, and the number of a step, 0 or more")
         self.name = name
         self.schedule = schedule
         self.perturbation = perturbation or Perturbation()
@@ -171,7 +193,29 @@ class Objective:
         self.share_dropout = share_dropout
         self.lambda_max = lambda_max
         self.attack = attack
+        self.reg_fraction = reg_fraction
+        self.reg_every = reg_every
+        self.reg_from = reg_from
+        self.attack_fraction = attack_fraction
         self._tables: dict[torch.device, Tensor] = {}
+        self._leaves: dict[torch.device, Tensor] = {}
+
+    def regularises(self, step: int) -> bool:
+        """Whether step number ``step`` has the regulariser."""
+        return self.name != "ddpm" and step >= self.reg_from and step % self.reg_every == 0
+
+    def units(self, step: int | None = None) -> float:
+        """Work of step number ``step`` in units of a forward pass; None averages over the steps
+        from ``reg_from`` on.
+
+        Gradients of activations cost a unit, of weights another: plain DDPM takes 3, an exact
+        adversarial step 3 more and 2 for the attack.
+        """
+        if self.name == "ddpm" or (step is not None and not self.regularises(step)):
+            return 3.0
+        every = self.reg_every if step is None else 1
+        attack = 2.0 * self.attack_fraction if self.name in ATTACKING else 0.0
+        return 3.0 + self.reg_fraction * (3.0 + attack) / every
 
     def draw(
         self, x0: Tensor | ResidentBatch, *, seed: int, step: int, first_index: int = 0,
@@ -190,15 +234,34 @@ class Objective:
         Raises:
             UsageError: if x0 is not a batch of floating-point numbers.
         """
+        for name, value in (("seed", seed), ("step", step)):
+            random.check_word(name, value)
+        key = to_device(torch.tensor([seed, step, first_index]), x0.device)
+        high, low, _, _ = random.philox_int(seed, step, first_index, Stream.DROPOUT)
+        return self.draw_from(
+            x0, key, t=t, regularised=self.regularises(step),
+            dropout_seed=(high >> 1) << 32 | low,
+        )
+
+    def draw_from(
+        self, x0: Tensor | ResidentBatch, key: Tensor, *, t: Tensor | None = None,
+        regularised: bool = True, dropout_seed: int | None = None,
+    ) -> Draw:
+        """`draw` from a key that lies on the device: nothing of the step's number is baked into a
+        compiled step, or a CUDA graph, that calls it.
+
+        Args:
+            key: (3,) int64 on x0's device: seed, step, global index of the first sample.
+            regularised: what `regularises` says of the step.
+            dropout_seed: as in `Draw`.
+            others: as in `draw`.
+        """
         shape, dtype = tuple(x0.shape), x0.dtype
         if not shape or not dtype.is_floating_point:
             raise UsageError(
                 f"x0 is {dtype} of shape {shape}: pass a floating-point batch (B, ...), or a "
                 "ResidentBatch of uint8 images"
             )
-        random.check_word("seed", seed)
-        random.check_word("step", step)
-        key = to_device(torch.tensor([seed, step, first_index]), x0.device)
         tables, pert = self._device_tables(x0.device), self.perturbation
         fixed = (pert.gamma, pert.lam, pert.lambda_mode)
         drawn, beta, *scales = ops.draw_samples(
@@ -213,7 +276,12 @@ class Objective:
                                  f"sample, int64 from 0 to {tables.shape[1] - 1}")
             scales = reference.scales(tables, t, beta, dtype, *fixed, self.lambda_max)
         t = drawn if t is None else t
-        return Draw(t, beta, *scales, key, seed, step, first_index, shape, dtype)
+        return Draw(t, beta, *scales, key, shape, dtype, regularised, dropout_seed)
+
+    def prepare(self, device: torch.device) -> None:
+        """Put on a device what a compiled step needs there: nothing can be copied within it."""
+        self._device_tables(device)
+        self._leaves[device] = torch.zeros((), device=device, requires_grad=True)
 
     def _device_tables(self, device: torch.device) -> Tensor:
         """(3, T) float64: sqrt(abar), s and s**(omega - 1), copied to a device once."""
@@ -241,25 +309,43 @@ class Objective:
             raise UsageError(f"draw has shape {draw.shape} and is {draw.dtype}, x0 "
                              f"{tuple(x0.shape)} and {x0.dtype}: draw from x0")
         xt, x_ran = self._perturb(x0, draw)
-        passes = itertools.count()
-
-        def predict(x: Tensor) -> Tensor:
-            number = next(passes)
-            number = 0 if self.share_dropout else number
-            with seeded(draw.dropout_seed + number, x.device), masks_from(draw.key, number):
-                return predict_noise(model, x, draw.t)
-
-        clean = predict(xt)
-        if self.name == "ddpm":
-            return self._loss(clean, None, None, xt, None, draw)
-        delta, x_adv = None, x_ran
-        if self.name in ("robust_adv", "invariance"):
+        clean = self._predict(model, xt, draw, 0)
+        if self.name == "ddpm" or not draw.regularised:
+            return Loss(*self._loss(clean, None, None, draw), xt, None, draw)
+        size = len(xt)
+        count = share(self.reg_fraction, size)
+        part, delta, x_adv = draw.part(0, count), None, x_ran[:count]
+        if self.name in ATTACKING:
+            attacked = share(self.attack_fraction, count)
             with no_weight_gradients(model):
-                gradient = self._attack(predict, xt, x_ran, clean.detach(), draw)
-            x_adv, delta = self._project(xt, gradient, draw)
+                gradient = self._attack(
+                    model, xt[:attacked], x_ran[:attacked], clean[:attacked].detach(),
+                    draw.part(0, attacked),
+                )
+            if attacked < count:  # a projection by a gradient of zero is the random start itself
+                gradient = torch.cat([gradient, torch.zeros_like(gradient[:1]).expand(
+                    count - attacked, *gradient.shape[1:])])
+            x_adv, delta = self._project(xt[:count], gradient, part)
         elif self.name == "outward_ran":
-            x_adv, delta = self._project(xt, None, draw)
-        return self._loss(clean, predict(x_adv), delta, xt, x_adv, draw)
+            x_adv, delta = self._project(xt[:count], None, part)
+        adv = self._predict(model, x_adv, part, 2 if self.name in ATTACKING else 1)
+        weight = self.reg_every * size / count
+        total, fit, reg = self._loss(clean[:count], adv, delta, part, weight)
+        if count < size:
+            rest = self._loss(clean[count:], None, None, draw.part(count, size))
+            total = (count / size) * total + (1 - count / size) * rest[0]
+            fit, reg = torch.cat([fit, rest[1]]), torch.cat([reg, rest[2]])
+        return Loss(total, fit, reg, xt, x_adv, draw, delta)
+
+    def _predict(self, model: Callable, x: Tensor, draw: Draw, number: int) -> Tensor:
+        """Pass ``number`` of a step, counted from 0."""
+        number, seed = 0 if self.share_dropout else number, draw.dropout_seed
+        # A generator cannot be seeded within a trace.
+        alone = seed is None or torch.compiler.is_compiling()
+        with nullcontext() if alone else seeded(seed + number, x.device), (
+            masks_from(draw.key, number)
+        ):
+            return predict_noise(model, x, draw.t)
 
     def _perturb(self, x0: Tensor | ResidentBatch, draw: Draw) -> tuple[Tensor, Tensor]:
         """x_t and the random start x_t + s delta_ran (Eq. 7)."""
@@ -273,13 +359,17 @@ class Objective:
         )
 
     def _attack(
-        self, predict: Callable[[Tensor], Tensor], xt: Tensor, x_ran: Tensor, clean: Tensor,
-        draw: Draw,
+        self, model: Callable, xt: Tensor, x_ran: Tensor, clean: Tensor, draw: Draw
     ) -> Tensor:
         """Gradient, up to a positive factor, of the attacked distance at the random start."""
-        x = x_ran.detach().requires_grad_()
+        x = x_ran.detach()
+        if torch.compiler.is_compiling():
+            # Torch 2.11 traces no requires_grad_() of what was computed in the same trace.
+            x = x + self._leaves[x.device].to(x.dtype)
+        else:
+            x.requires_grad_()
         with torch.enable_grad():
-            out = predict(x)
+            out = self._predict(model, x, draw, 1)
             change = (out - clean).detach()
             if self.attack == "equivariance":
                 # A projection by a gradient of zero is the random start itself.
@@ -298,21 +388,31 @@ class Objective:
         )
 
     def _loss(
-        self, clean: Tensor, adv: Tensor | None, delta: Tensor | None, xt: Tensor,
-        x_adv: Tensor | None, draw: Draw,
-    ) -> Loss:
-        total, fit, reg = ops.equivariance_loss(
-            clean, adv, delta, draw.radius, draw.lambda_t, draw.key, dtype=draw.dtype,
+        self, clean: Tensor, adv: Tensor | None, delta: Tensor | None, draw: Draw,
+        weight: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lambda_t = draw.lambda_t if weight == 1 else weight * draw.lambda_t
+        return ops.equivariance_loss(
+            clean, adv, delta, draw.radius, lambda_t, draw.key, dtype=draw.dtype,
             invariance=self.name == "invariance", detach_clean=self.detach_clean,
             backend=self.backend,
         )
-        return Loss(total, fit, reg, xt, x_adv, draw, delta)
+
+
+def share(fraction: float, size: int) -> int:
+    """How many of ``size`` samples a fraction of them is: at least one."""
+    return min(size, max(1, round(fraction * size)))
 
 
 @contextmanager
 def no_weight_gradients(model) -> Iterator[None]:
     """Treat the parameters of a module as constants, so that a backward pass computes none of
-    their gradients even if the module is compiled (autograd alone prunes them only in eager)."""
+    their gradients even if the module is compiled (autograd alone prunes them only in eager).
+
+    Where the whole step is compiled there is nothing to do: its trace holds what is used."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     weights = [p for p in parameters if p.requires_grad]
     for p in weights:

@@ -694,9 +694,8 @@ def group_norm_act(
     need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
         check_key(op, "x", x, key)
-    if backend == "auto" and not _is_watched(x) and (
-        resolve(op, backend, x.device, x.dtype) == "torch"
-    ):  # torch's own gradients are faster than the reference's, and never stored twice
+    if backend == "auto" and resolve(op, backend, x.device, x.dtype) == "torch":
+        # Torch's own gradients are faster than the reference's, and a compiler can fuse them.
         y, v = reference.group_norm_act(
             channels_last(x), groups, weight, bias, scale, shift, add, residual, silu, dropout,
             key, layer, tiny,

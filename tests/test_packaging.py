@@ -76,6 +76,7 @@ LAYERS = {
     "kernels": (),
     "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
                    "reference", "resident", "ops"),
+    "step": ("errors", "dropout", "network", "objectives", "resident"),
     "sampling": ("errors", "random", "schedule", "network"),
     "inference": ("errors", "network", "models", "training.compilation"),
     "metrics": ("random",),

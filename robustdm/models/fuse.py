@@ -46,6 +46,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """diffusers' residual block with two fused norms, and without its copies to another layout."""
 
     layer = 0  # number of this block in its network, for dropout masks of its own
+    draws_masks = True  # see dropout.unfused_dropout
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         x = input_tensor

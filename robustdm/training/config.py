@@ -86,6 +86,14 @@ class TrainConfig:
     """Upper bound of lambda_t."""
     attack: Literal["output", "equivariance"] = "output"
     """What the attack maximises: the change of the output (paper) or the residual itself."""
+    reg_fraction: float = 1.0
+    """Share of each batch that gets the regulariser, weighted so that the gradient is unbiased."""
+    reg_every: int = 1
+    """Steps from one with the regulariser, weighted by their number, to the next."""
+    attack_fraction: float = 1.0
+    """Share of the perturbed images that are attacked; the others keep their random start."""
+    at_last: float = 1.0
+    """Share of the steps, the last ones, that have the regulariser: adversarial fine-tuning."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule."""
     timesteps: int = 1000
@@ -108,6 +116,8 @@ class TrainConfig:
     """unet: time embedding as scale and shift of the norms (improved-diffusion)."""
     dropout: float = 0.0
     """unet: dropout rate."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """unet: what computes attention, torch or xformers (extra `xformers`, on a GPU)."""
     mlp_width: int = 64
     """mlp: width of the layers."""
     mlp_depth: int = 3
@@ -131,11 +141,14 @@ class TrainConfig:
     ema_rates: tuple[float, ...] = (0.995,)
     """Decay of each exponential moving average of the weights; samples use the first."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the network under autocast."""
+    """bf16 runs the network on bfloat16 copies of the float32 weights that the optimizer keeps."""
     backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
     """What runs the fused ops; `python -m robustdm.doctor` shows what auto comes to."""
     compile: bool = False
-    """Compile the network with torch.compile; falls back to eager where that cannot work."""
+    """Compile the whole step with torch.compile, or the network alone where only that works; falls
+    back to eager."""
+    cuda_graph: bool = True
+    """With --compile on a GPU: replay the step, optimizer included, as one CUDA graph."""
     seed: int = 0
     """Decides weights, data order, noise and dropout."""
     device: str = "auto"
@@ -198,7 +211,7 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "steps", "timesteps", "resolution", "num_points",
                      "layers_per_block", "norm_groups", "mlp_width", "mlp_depth", "log_every",
                      "keep_last", "num_samples", "preview_steps", "final_steps", "max_skipped",
-                     "subspace_rank"):
+                     "subspace_rank", "reg_every"):
             need(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
                      "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
@@ -206,6 +219,8 @@ class TrainConfig:
             need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("corrupt_fraction", "max_bad"):
             need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")
+        for name in ("reg_fraction", "attack_fraction", "at_last"):
+            need(0 < getattr(self, name) <= 1, name, "it is a share, above 0 and up to 1")
         need(0 <= self.holdout < 1, "holdout", "it is a share, from 0 to below 1")
         need(0 <= self.dropout < 1, "dropout", "it is a probability, from 0 to below 1")
         need(self.lr > 0, "lr", "it must be positive")

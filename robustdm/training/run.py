@@ -44,6 +44,10 @@ def objective_of(config: TrainConfig) -> Objective:
         share_dropout=config.share_dropout,
         lambda_max=config.lambda_max,
         attack=config.attack,
+        reg_fraction=config.reg_fraction,
+        reg_every=config.reg_every,
+        reg_from=config.steps - round(config.at_last * config.steps),
+        attack_fraction=config.attack_fraction,
     )
 
 
