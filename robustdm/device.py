@@ -1,4 +1,8 @@
-"""Moving tensors to the device that computes."""
+"""What training asks of the device that computes: copies without waiting, memory without faults."""
+
+import contextlib
+import ctypes
+import sys
 
 import torch
 from torch import Tensor
@@ -9,3 +13,19 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     done all that it was given before, and so leaves the GPU idle once in every step."""
     values = values.pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the host memory it frees, for the next tensor of that size.
+
+    The C library gives large blocks back to the system at once and asks for them anew, page by
+    page: a tenth to a fifth of a training step on a CPU. Does nothing where that library is not
+    glibc.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)

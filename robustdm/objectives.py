@@ -237,10 +237,9 @@ class Objective:
         for name, value in (("seed", seed), ("step", step)):
             random.check_word(name, value)
         key = to_device(torch.tensor([seed, step, first_index]), x0.device)
-        high, low, _, _ = random.philox_int(seed, step, first_index, Stream.DROPOUT)
         return self.draw_from(
             x0, key, t=t, regularised=self.regularises(step),
-            dropout_seed=(high >> 1) << 32 | low,
+            dropout_seed=dropout_seed(seed, step, first_index),
         )
 
     def draw_from(
@@ -397,6 +396,12 @@ class Objective:
             invariance=self.name == "invariance", detach_clean=self.detach_clean,
             backend=self.backend,
         )
+
+
+def dropout_seed(seed: int, step: int, first_index: int) -> int:
+    """Seed of the generator that `torch.nn.Dropout` draws from in a step, see `Draw`."""
+    high, low, _, _ = random.philox_int(seed, step, first_index, Stream.DROPOUT)
+    return (high >> 1) << 32 | low
 
 
 def share(fraction: float, size: int) -> int:

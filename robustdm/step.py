@@ -1,10 +1,10 @@
 """One training step's loss and gradients: eager, or compiled as a single graph.
 
-The compiled step is one trace of everything between the batch and the gradients: draw, perturbation,
-clean pass, attack with its backward pass, projection, adversarial pass, loss, backward pass. As
-differentiation is traced too, the compiler sees that nobody asks for weight gradients in the attack
-and that both terms of the loss share one clean pass. (A network compiled by itself computes the
-gradients of its weights whenever that of its input is asked for.)
+The compiled step is one trace of everything between the batch and the gradients: draw,
+perturbation, clean pass, attack with its backward pass, projection, adversarial pass, loss,
+backward pass. As differentiation is traced too, the compiler sees that nobody asks for weight
+gradients in the attack and that both terms of the loss share one clean pass. (A network compiled by
+itself computes the gradients of its weights whenever that of its input is asked for.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import yaml
 
 from robustdm import RunError, UsageError
 from robustdm.cli import guard, parse_train
+from robustdm.models.mlp import PointMLP
+from robustdm.step import GradientStep
 from robustdm.train import main
 from robustdm.training import loop
 from robustdm.training.checkpoint import load_newest, verify
@@ -166,7 +169,7 @@ def test_the_heldout_loss_weighs_all_timesteps_alike(tmp_path):
         seen.extend(t.tolist())
         return torch.zeros_like(x)
 
-    trainer.emas[0].model = model
+    trainer._averaged_network = lambda: model
     loss = trainer.heldout_loss()
     assert loss == pytest.approx(1, abs=0.05)  # the mean of eps^2
     assert len(trainer.data.heldout) == 9 and len(seen) == 256
@@ -293,23 +296,54 @@ def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, capsys):
     assert any("no space left" in warning for warning in result.summary["warnings"])
 
 
+def no_compiler(step):
+    def fail(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    step._run, step.compiled = fail, True
+
+
 def test_compile_falls_back_to_eager(tmp_path, monkeypatch):
     def broken(self, **_):
         self._compiled_call_impl = lambda *a, **k: (_ for _ in ()).throw(
             RuntimeError("no C++ compiler was found"))
 
     monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    monkeypatch.setattr(GradientStep, "compile", no_compiler)
     config = points(tmp_path, compile=True)
     result = quiet(config)
-    assert result.step == 6
-    assert any("no C++ compiler" in warning for warning in result.summary["warnings"])
+    assert result.step == 6 and result.summary["compile_s"] is None
+    assert sum("no C++ compiler" in warning for warning in result.summary["warnings"]) == 2
     plain = replace(config, compile=False, out=tmp_path / "plain")
     quiet(plain)
     assert_same_bits(tensors(config.out), tensors(plain.out))
 
 
-def test_compiling_the_network(tmp_path, monkeypatch):
-    """Same step to rounding; no weight gradients in the attack's compiled graph; same names."""
+def test_where_the_step_cannot_be_traced_the_network_is_compiled(tmp_path, monkeypatch):
+    """The warning names the line of the graph break."""
+    compiled = []
+
+    class Breaking(PointMLP):
+        def forward(self, x, t):
+            if torch.compiler.is_compiling() and not compiled:
+                torch._dynamo.graph_break()
+            return super().forward(x, t)
+
+    def compile_network(model, probe):
+        compiled.append(model)
+        return probe()
+
+    monkeypatch.setattr("robustdm.models.build.PointMLP", Breaking)
+    monkeypatch.setattr(loop, "compile_network", compile_network)
+    result = quiet(points(tmp_path, steps=2, compile=True, sample_every=0))
+    assert len(compiled) == 1 and type(compiled[0]) is Breaking
+    (warning,) = result.summary["warnings"]
+    assert "cannot be compiled as a whole" in warning and "graph_break" in warning
+    assert re.search(r"test_train\.py:\d+", warning), warning
+
+
+def test_compiling_the_network_alone(tmp_path, monkeypatch):
+    """No weight gradients in the attack's compiled graph, where only the network is compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     config = points(tmp_path, steps=3, mlp_width=16, mlp_depth=1, sample_every=0)
     original = torch.nn.Module.compile
@@ -326,12 +360,29 @@ def test_compiling_the_network(tmp_path, monkeypatch):
         return original(self, backend=backend, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_aot)
+    monkeypatch.setattr(GradientStep, "compile", no_compiler)
     result = quiet(replace(config, compile=True))
-    assert not result.summary["warnings"], result.summary["warnings"]
+    assert len(result.summary["warnings"]) == 1, result.summary["warnings"]
     products = sorted(sum("mm" in str(t) for t in targets) for targets in graphs)
     # Inlet, layer and outlet lie on the way back to the input: three products for the attack. The
     # training pass has those of outlet and layer, and one for each of the four weights.
     assert products == [3, 6]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiling_a_run(tmp_path, monkeypatch, precision, whole):
+    """Same steps to rounding, same names: of the whole step, and of the network alone."""
+    config = points(tmp_path, steps=4, mlp_width=16, mlp_depth=1, sample_every=0, reg_every=2,
+                    precision=precision, accumulate=2)
+    step_compile, network_compile = GradientStep.compile, torch.nn.Module.compile
+    monkeypatch.setattr(GradientStep, "compile",
+                        (lambda self: step_compile(self, "aot_eager")) if whole else no_compiler)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: network_compile(
+        self, backend="aot_eager", **options))
+    result = quiet(replace(config, compile=True))
+    assert len(result.summary["warnings"]) == (0 if whole else 1), result.summary["warnings"]
+    assert result.summary["compile_s"] > 0
     eager = replace(config, out=tmp_path / "eager")
     quiet(eager)
     for name, value in tensors(eager.out)["model"].items():

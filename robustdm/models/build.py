@@ -72,3 +72,21 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         from diffusers import UNet2DModel
 
         return UNet2DModel(**unet_config(config, shape[0]))
+
+
+def set_attention(network: nn.Module, attention: str, device: torch.device) -> None:
+    """Let a diffusers network compute attention with torch ("sdpa") or "xformers", in place.
+
+    Raises:
+        UsageError: if xformers is not to be had.
+    """
+    if attention == "sdpa":
+        return
+    remedy = 'use --attention sdpa, or a GPU and pip install "robustdm[xformers]"'
+    if device.type != "cuda":
+        raise UsageError(f"attention is {attention!r}, but the device is {device}: {remedy}")
+    try:
+        network.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # diffusers tries it out, and raises whatever that raises
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"attention is {attention!r}: {text[0]}; {remedy}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from robustdm import images
 from robustdm.data import batches
+from robustdm.device import keep_freed_memory
 from robustdm.errors import RunError, UsageError
 from robustdm.pipeline import save_pipeline
 from robustdm.random import shuffled
 from robustdm.report import REDUCED_CONTRAST, write_report
+from robustdm.resident import ResidentBatch
 from robustdm.training.checkpoint import (
     CheckpointError,
     clean_stale,
@@ -25,7 +28,7 @@ from robustdm.training.checkpoint import (
     prune,
     save_checkpoint,
 )
-from robustdm.training.compilation import compile_network
+from robustdm.training.compilation import compile_network, compile_step
 from robustdm.training.config import TrainConfig
 from robustdm.training.logging import make_loggers
 from robustdm.training.memory import (
@@ -37,7 +40,7 @@ from robustdm.training.memory import (
 from robustdm.training.progress import Progress
 from robustdm.training.rundir import RunDir, check_use, write_json, write_text
 from robustdm.training.signals import StopSignals
-from robustdm.training.trainer import PROBE_STEP, Trainer, device_name
+from robustdm.training.trainer import Trainer, device_name
 
 CLEAN_NOISE_LEVEL = 0.04
 """Median noise level (sd, data in [-1, 1]) under which images look clean: photographs measure
@@ -105,6 +108,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def _train(config: TrainConfig, progress_mode: str) -> Result:
     check_use(config.out, config, config.resume)  # before the data, which may take minutes
     trainer = Trainer(config)
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     estimate = estimate_bytes(config, trainer.data.shape)
     plan = describe(trainer, estimate)
     tight = check_fits(config, estimate, available_bytes(trainer.device))
@@ -171,6 +176,7 @@ class _Session:
         self.before = trainer.elapsed
         self.first_step = trainer.step
         self.saved = self.started
+        self.compile_s: float | None = None
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -187,9 +193,11 @@ class _Session:
             self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
         self._write_quarantine()
         self._write_reference()
-        if config.compile:
-            self._compile()
         stream = batches(trainer.data, config, trainer.step, trainer.device)
+        if config.compile and trainer.step < config.steps:
+            first = next(stream)
+            self._compile(first[0])
+            stream = itertools.chain([first], stream)
         stopped = None
         while trainer.step < config.steps and stopped is None:
             x0, indices = next(stream)
@@ -327,26 +335,30 @@ class _Session:
                 "longer, raise --lam, or try another --lambda-mode"
             )
 
-    def _compile(self) -> None:
-        trainer = self.trainer
-        self.progress.message("compiling the network (once per process) ...")
+    def _compile(self, x0: Tensor | ResidentBatch) -> None:
+        """Compile for a batch of the stream: the whole step, else the network, else nothing."""
+        trainer, config = self.trainer, self.config
+        kinds = sorted({trainer.objective.regularises(s)
+                        for s in range(trainer.step, config.steps)})
+        graphs = "two graphs" if len(kinds) > 1 else "one graph"
+        self.progress.message(f"compiling the training step, {graphs}: minutes the first time, "
+                              "seconds from the cache ...")
         begin = time.monotonic()
-        piece = trainer.config.batch_size // trainer.config.accumulate
-        x0 = trainer.data.batch(torch.arange(piece) % len(trainer.data), trainer.device)
-        if trainer.data.is_image:
-            x0 = x0.contiguous(memory_format=torch.channels_last)
 
         def probe() -> None:
-            draw = trainer.objective.draw(x0, seed=self.config.seed, step=PROBE_STEP)
-            with trainer.autocast():
-                loss = trainer.objective(trainer.model, x0, draw)
-            loss.total.backward()
+            trainer.probe(x0, kinds)
 
-        reason = compile_network(trainer.model, probe)
+        what, reason = "the training step", compile_step(trainer.gradient_step, probe)
+        if reason is not None:
+            self.warn(f"the step cannot be compiled as a whole ({reason}): compiling the network")
+            what, reason = "the network", compile_network(trainer.network, probe)
         if reason is None:
-            self.progress.message(f"compiled in {time.monotonic() - begin:.0f} s")
+            self.compile_s = time.monotonic() - begin
+            self.progress.message(f"compiled {what} in {self.compile_s:.0f} s")
         else:
             self.warn(f"--compile does not work here, running eagerly ({reason})")
+        if config.cuda_graph and trainer.device.type == "cuda":
+            trainer.use_cuda_graph(self.warn)
 
     def _save(self, required: bool) -> None:
         trainer, root = self.trainer, self.run_dir.checkpoints
@@ -387,6 +399,7 @@ class _Session:
             "warnings": self.warnings,
             "skipped": int(trainer.skipped),
             "time_s": round(trainer.elapsed, 1),
+            "compile_s": self.compile_s and round(self.compile_s, 1),
             "img_per_s": self.progress.img_per_s,
             "device": device_name(trainer.device),
             "parameters": trainer.parameters,

@@ -19,8 +19,7 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
 
     Activations are what one forward pass keeps for its backward pass, for one piece of the batch,
     and what drawing its noise takes. A robust objective holds two such graphs at its peak: the
-    clean one, and the attack's or the adversarial one. Under bf16 autocast, tensors are taken to be
-    half as large.
+    clean one, and the attack's or the adversarial one. In bf16, tensors are half as large.
 
     Args:
         config: the run's configuration.
@@ -53,6 +52,8 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
     activations += 64 * x.numel()
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = parameters * (4 + len(config.ema_rates))
+    if config.precision == "bf16":
+        weights += parameters  # working weights and their gradients, of half the size each
     return {"weights": weights, "activations": activations, "total": weights + activations}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,76 +52,97 @@ class SkippingAdamW(torch.optim.AdamW):
     elsewhere torch's fused AdamW steps, and passes of their own clip and average.
 
     Args:
-        model: the network.
-        lr: learning rate until `clip_and_step` names another.
+        model: the network, in float32.
+        lr: learning rate until `prepare` names another.
         weight_decay: decoupled weight decay.
         ema: moving average to update with every step.
+        copies: bfloat16 copies of the weights to write with every step, in their order.
         backend: as in `ops.adamw_ema`.
     """
 
     def __init__(
         self, model: nn.Module, lr: float, weight_decay: float, ema: EMA | None = None,
-        backend: str = "auto",
+        copies: Sequence[Tensor] = (), backend: str = "auto",
     ):
         super().__init__(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-        first = next(model.parameters())
+        weights = list(model.parameters())
         # The Triton kernels have no optimizer: who asks for them gets what is fastest here.
         backend = "auto" if backend == "triton" else backend
-        self.backend = ops.resolve("adamw_ema", backend, first.device, first.dtype)
+        self.backend = ops.resolve("adamw_ema", backend, weights[0].device, weights[0].dtype)
         self.ema = ema
         self._averages = {} if ema is None else ema.averages()
+        self._copies = dict(zip(weights, copies, strict=True)) if copies else {}
         # What changes from step to step lies in tensors, which a CUDA graph reads anew.
-        self._lr, self._decay = (torch.zeros((), device=first.device) for _ in range(2))
+        self._lr, self._decay = (torch.zeros((), device=weights[0].device) for _ in range(2))
+        self._step = 0
         self._checked = False
 
+    def prepare(self, lr: float, step: int) -> None:
+        """Set what the coming step needs from the host.
+
+        Args:
+            lr: its learning rate.
+            step: its number, from 0, which decides the decay of the moving average.
+        """
+        for group in self.param_groups:
+            group["lr"] = lr
+        self._step = step
+        self._lr.fill_(lr)
+        self._decay.fill_(0.0 if self.ema is None else self.ema.decay(step))
+
     @torch.no_grad()
-    def clip_and_step(
-        self, lr: float, clip_norm: float, loss: Tensor, step: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def clip_and_step(self, clip_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradients by their total norm and step, unless loss or norm is not finite.
 
         Args:
-            lr: learning rate of this step.
             clip_norm: largest norm; 0 does not clip.
             loss: scalar loss of the step.
-            step: number of the step, from 0, which decides the decay of the moving average.
 
         Returns:
             The norm before clipping, and 1.0 where the step was skipped, else 0.0 (both scalars).
         """
-        for group in self.param_groups:
-            group["lr"] = lr
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for p in parameters:  # fused updates walk through memory, and do not look at strides
+            p.grad = _laid_out_like(p.grad, p)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
         if self.backend == "cpp":
-            self._fused_pass(parameters, norm, clip_norm, skipped, step)
+            self._fused_pass(parameters, norm, clip_norm, skipped)
         else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm or float("inf"), norm)
+            if clip_norm:  # not in place: two parameters may share one gradient
+                factor = _clip_factor(norm, clip_norm)
+                clipped = torch._foreach_mul([p.grad for p in parameters], factor)
+                for p, g in zip(parameters, clipped, strict=True):
+                    p.grad = g
             # What gradient scalers use: a fused step does nothing where found_inf is one.
             self.found_inf, self.grad_scale = skipped, None
             self.step()
             if self.ema is not None:
-                self.ema.update(step)
+                self.ema.update(self._step)
+            self.write_copies()
         self.zero_grad(set_to_none=True)
         return norm, skipped
 
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """Write the bfloat16 copies anew, as after weights were loaded."""
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+
     def _fused_pass(
-        self, parameters: list[Tensor], norm: Tensor, clip_norm: float, skipped: Tensor, step: int
+        self, parameters: list[Tensor], norm: Tensor, clip_norm: float, skipped: Tensor
     ) -> None:
         group = self.param_groups[0]
         count = self._count(parameters)
         count += 1 - skipped  # a skipped step is none: the bias corrections do not count it
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1) if clip_norm else torch.ones_like(norm)
-        self._lr.fill_(group["lr"])
-        self._decay.fill_(0.0 if self.ema is None else self.ema.decay(step))
+        factor = _clip_factor(norm, clip_norm) if clip_norm else torch.ones_like(norm)
         ops.adamw_ema(
             parameters,
-            [_laid_out_like(p.grad, p) for p in parameters],
+            [p.grad for p in parameters],
             [self.state[p]["exp_avg"] for p in parameters],
             [self.state[p]["exp_avg_sq"] for p in parameters],
             [self._averages[p] for p in parameters] if self._averages else [],
-            [],
+            [self._copies[p] for p in parameters] if self._copies else [],
             lr=self._lr,
             step=count,
             decay=self._decay,
@@ -152,6 +174,10 @@ class SkippingAdamW(torch.optim.AdamW):
             one = next(iter(self.state.values()))["step"]
             for state in self.state.values():
                 state["step"] = one
+
+
+def _clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    return (clip_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:

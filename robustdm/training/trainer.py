@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustdm import random
+from robustdm import ops, random
 from robustdm.data import Data, load_data
+from robustdm.device import to_device
+from robustdm.dropout import unfused_dropout
 from robustdm.errors import UsageError
+from robustdm.inference import fast_network
 from robustdm.models import build_model
-from robustdm.objectives import Objective
+from robustdm.models.build import set_attention
+from robustdm.objectives import Objective, dropout_seed
 from robustdm.resident import ResidentBatch
 from robustdm.sampling import sample
+from robustdm.step import Gradients, GradientStep, WorkingCopy
 from robustdm.training.checkpoint import Checkpoint
 from robustdm.training.config import TrainConfig
+from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.optimizer import EMA, SkippingAdamW
 from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
 from robustdm.training.run import objective_of
@@ -48,70 +54,132 @@ class Trainer:
         if self.data.is_image:
             # Convolutions are faster channels-last, on CPUs as on GPUs.
             self.model.to(memory_format=torch.channels_last)
+            set_attention(self.model, config.attention, self.device)
+            if config.backend != "torch":
+                from robustdm.models.fuse import fuse  # networks for points do without diffusers
+
+                fuse(self.model)
         self.model.train()
+        self.network = WorkingCopy(self.model) if config.precision == "bf16" else self.model
+        self.gradient_step = GradientStep(self.network, self.objective)
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
         self.optimizer = SkippingAdamW(
-            self.model, config.lr, config.weight_decay, self.emas[0], config.backend
+            self.model, config.lr, config.weight_decay, self.emas[0],
+            [] if self.network is self.model else list(self.network.parameters()), config.backend,
         )
+        self._seeded_dropout = bool(unfused_dropout(self.network))
+        self._graph: StepGraph | None = None
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.step = 0
         self.elapsed = 0.0
         self.lr = 0.0
         self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_a_row = torch.zeros((), device=self.device)
-        self._clear_window()
-
-    def autocast(self) -> torch.autocast:
-        """bf16 for the network where asked for; losses and weights stay float32."""
-        on = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        self._sums = torch.zeros(4, device=self.device)
+        self._bands = torch.zeros(2, BANDS, device=self.device)
 
     def gradients(
-        self, x0: Tensor | ResidentBatch, step: int
+        self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Accumulate the gradients of a batch, computed in ``accumulate`` pieces.
+        """Give every weight the gradient of a batch, computed in ``accumulate`` pieces.
 
         Every random number belongs to a sample's place in the whole batch, so the number of pieces
-        does not change the result (but for dropout masks, one per piece).
+        does not change the result (but for ``reg_fraction``, which is of each piece, and for the
+        masks of dropout that is not fused, one per piece).
+
+        Args:
+            x0: (B, ...) data, images channels-last.
+            key: (3,) int64 on the device: seed, step, 0.
+            regularised: what the objective says of the step.
 
         Returns:
             The scalar loss, and t, fit and reg of every sample, (B,) each.
         """
-        parts = []
+        parts: list[Gradients] = []
+        sums: list[Tensor] = []
+        first = 0
         for piece in x0.chunk(self.config.accumulate):
-            first = sum(len(t) for t, _, _ in parts)
-            draw = self.objective.draw(piece, seed=self.config.seed, step=step, first_index=first)
-            with self.autocast():
-                loss = self.objective(self.model, piece, draw)
-            (loss.total * (len(piece) / len(x0))).backward()
-            parts.append((draw.t, loss.fit.detach(), loss.reg.detach()))
-        t, fit, reg = (torch.cat(values) for values in zip(*parts, strict=True))
+            part = self._piece(piece, key, first, regularised, len(piece) / len(x0))
+            found = [g for g in part.weights if g is not None]
+            # Not in place: a compiled step may return one tensor for two equal gradients.
+            sums = torch._foreach_add(sums, found) if parts else found
+            parts.append(part)
+            first += len(piece)
+        rest = iter(sums)
+        weights = (p for p in self.model.parameters() if p.requires_grad)
+        for p, g in zip(weights, parts[0].weights, strict=True):
+            p.grad = None if g is None else next(rest)
+        t, fit, reg = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "fit", "reg"))
         return (fit + reg).mean(), t, fit, reg
+
+    def _piece(
+        self, piece: Tensor | ResidentBatch, key: Tensor, first: int, regularised: bool,
+        scale: float,
+    ) -> Gradients:
+        # Not key + tensor([0, 0, first]): a constant made on the host would have to be copied.
+        key = torch.cat([key[:2], key[2:] + first]) if first else key
+        seed = None
+        if self._seeded_dropout and not self.gradient_step.compiled:
+            seed = dropout_seed(self.config.seed, self.step, first)
+        return self.gradient_step(piece, key, regularised, seed, scale)
+
+    def probe(self, x0: Tensor | ResidentBatch, kinds: Iterable[bool]) -> None:
+        """Compute, and drop, the gradients of a batch's first piece: what there is to compile.
+
+        Args:
+            x0: a batch of the training stream.
+            kinds: steps without (False) or with (True) the regulariser.
+        """
+        piece, *others = self._laid_out(x0).chunk(self.config.accumulate)
+        for regularised in kinds:
+            self._piece(piece, self._key(PROBE_STEP), 0, regularised, len(piece) / len(x0))
+
+    def use_cuda_graph(self, warn: Callable[[str], None]) -> None:
+        """Replay steps as CUDA graphs from now on; ``warn`` is told why, where that cannot be."""
+        reason = None
+        if self.device.type != "cuda":
+            reason = f"the device is {self.device}"
+        elif self._seeded_dropout:
+            reason = f"the masks of {unfused_dropout(self.network)[0]} are not drawn on the GPU"
+        elif self.optimizer.backend != "cpp":
+            off = ops.why_off("cpp", "adamw_ema", self.device)
+            reason = f"it needs the fused optimizer ({off or 'backend is torch'})"
+        if reason is None:
+            self._graph = StepGraph(self._update, warn)
+        else:
+            warn(f"no CUDA graph: {reason}")
 
     def train_step(self, x0: Tensor | ResidentBatch) -> None:
         """One optimizer step; skipped, and counted, if the loss or a gradient is not finite."""
-        if self.data.is_image and isinstance(x0, Tensor):
-            x0 = x0.contiguous(memory_format=torch.channels_last)
-        total, t, fit, reg = self.gradients(x0, self.step)
         self.lr = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        norm, skipped = self.optimizer.clip_and_step(
-            self.lr, self.config.clip_norm, total, self.step
-        )
+        self.optimizer.prepare(self.lr, self.step)
+        run = self._update if self._graph is None else self._graph
+        run(self._laid_out(x0), self._key(self.step), self.objective.regularises(self.step))
         for ema in self.emas[1:]:  # the optimizer updates the first
             ema.update(self.step)
         self.step += 1
+
+    def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
+        """What a step does on the device: a CUDA graph can hold it."""
+        total, t, fit, reg = self.gradients(x0, key, regularised)
+        norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total)
         self._record(t, fit, reg, norm, skipped)
 
-    # Statistics are summed on the device, so that a step never waits for it.
+    def _laid_out(self, x0: Tensor | ResidentBatch) -> Tensor | ResidentBatch:
+        if self.data.is_image and isinstance(x0, Tensor):
+            return x0.contiguous(memory_format=torch.channels_last)
+        return x0
 
-    def _clear_window(self) -> None:
-        self._sums = torch.zeros(4, device=self.device)
-        self._bands = torch.zeros(2, BANDS, device=self.device)
+    def _key(self, step: int) -> Tensor:
+        return to_device(torch.tensor([self.config.seed, step, 0]), self.device)
+
+    # Statistics are summed on the device, so that a step never waits for it, and in place, so that
+    # a CUDA graph finds them.
 
     def _record(self, t: Tensor, fit: Tensor, reg: Tensor, norm: Tensor, skipped: Tensor) -> None:
         taken = 1 - skipped
         self.skipped += skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        self.skipped_in_a_row.add_(skipped).mul_(skipped)
         values = torch.stack([fit.mean(), reg.mean(), norm, torch.ones_like(norm)])
         self._sums += torch.where(taken.bool(), values, 0)
         fit = torch.where(taken.bool(), fit, 0)
@@ -131,7 +199,8 @@ class Trainer:
             if count:
                 record[f"fit_band{band}"] = total / count
         record |= {"lr": self.lr, "skipped": int(self.skipped)}
-        self._clear_window()
+        self._sums.zero_()
+        self._bands.zero_()
         return record
 
     @torch.no_grad()
@@ -145,36 +214,37 @@ class Trainer:
         count = torch.arange(HELDOUT_DRAWS)
         x0 = heldout.batch(count % len(heldout), self.device)
         times = ((2 * count + 1) * len(self.schedule) // (2 * HELDOUT_DRAWS)).to(self.device)
-        plain = Objective("ddpm", self.schedule)
+        plain, network = Objective("ddpm", self.schedule), self._averaged_network()
         losses = []
         for first, piece in zip(range(0, len(x0), 64), x0.split(64), strict=True):
             draw = plain.draw(
                 piece, seed=self.config.seed, step=PROBE_STEP, first_index=first,
                 t=times[first : first + len(piece)],
             )
-            with self.autocast():
-                losses.append(plain(self.emas[0].model, piece, draw).fit)
+            losses.append(plain(network, piece, draw).fit)
         return torch.cat(losses).mean().item()
+
+    def _averaged_network(self) -> nn.Module:
+        return fast_network(self.emas[0].model, precision=self.config.precision, cuda_graph=False)
 
     def generate(
         self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """Samples of the averaged weights from fixed noise: (num_samples, *shape)."""
         config = self.config
-        with self.autocast():
-            return sample(
-                self.emas[0].model,
-                self.schedule,
-                self.data.shape,
-                num=config.num_samples,
-                sampler=sampler,
-                steps=min(steps, config.timesteps),
-                clip=config.clip_samples,
-                seed=config.seed,
-                batch_size=max(1, 2**22 // int(np.prod(self.data.shape)) // 64),
-                device=self.device,
-                progress=progress,
-            )
+        return sample(
+            self._averaged_network(),
+            self.schedule,
+            self.data.shape,
+            num=config.num_samples,
+            sampler=sampler,
+            steps=min(steps, config.timesteps),
+            clip=config.clip_samples,
+            seed=config.seed,
+            batch_size=max(1, 2**22 // int(np.prod(self.data.shape)) // 64),
+            device=self.device,
+            progress=progress,
+        )
 
     # Checkpoints.
 
@@ -209,6 +279,7 @@ class Trainer:
         check_same_data(state["data"], self.data.identity(), checkpoint.path)
         check_model_shapes(self.model, checkpoint.tensors["model"])
         self.model.load_state_dict(checkpoint.tensors["model"])
+        self.optimizer.write_copies()
         for ema in self.emas:
             ema.model.load_state_dict(checkpoint.tensors[f"ema_{ema.rate}"])
         load_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
