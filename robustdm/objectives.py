@@ -313,23 +313,23 @@ class Objective:
             return Loss(*self._loss(clean, None, None, draw), xt, None, draw)
         size = len(xt)
         count = share(self.reg_fraction, size)
-        part, delta, x_adv = draw.part(0, count), None, x_ran[:count]
+        part, delta, x_adv = draw.part(0, count), None, first(x_ran, count)
         if self.name in ATTACKING:
             attacked = share(self.attack_fraction, count)
             with no_weight_gradients(model):
                 gradient = self._attack(
-                    model, xt[:attacked], x_ran[:attacked], clean[:attacked].detach(),
+                    model, *(first(x, attacked) for x in (xt, x_ran, clean.detach())),
                     draw.part(0, attacked),
                 )
             if attacked < count:  # a projection by a gradient of zero is the random start itself
                 gradient = torch.cat([gradient, torch.zeros_like(gradient[:1]).expand(
                     count - attacked, *gradient.shape[1:])])
-            x_adv, delta = self._project(xt[:count], gradient, part)
+            x_adv, delta = self._project(first(xt, count), gradient, part)
         elif self.name == "outward_ran":
-            x_adv, delta = self._project(xt[:count], None, part)
+            x_adv, delta = self._project(first(xt, count), None, part)
         adv = self._predict(model, x_adv, part, 2 if self.name in ATTACKING else 1)
         weight = self.reg_every * size / count
-        total, fit, reg = self._loss(clean[:count], adv, delta, part, weight)
+        total, fit, reg = self._loss(first(clean, count), adv, delta, part, weight)
         if count < size:
             rest = self._loss(clean[count:], None, None, draw.part(count, size))
             total = (count / size) * total + (1 - count / size) * rest[0]
@@ -402,6 +402,11 @@ def dropout_seed(seed: int, step: int, first_index: int) -> int:
     """Seed of the generator that `torch.nn.Dropout` draws from in a step, see `Draw`."""
     high, low, _, _ = random.philox_int(seed, step, first_index, Stream.DROPOUT)
     return (high >> 1) << 32 | low
+
+
+def first(x: Tensor, count: int) -> Tensor:
+    """``x[:count]``, without the work that the gradient of a slice takes where it is all of x."""
+    return x if count == len(x) else x[:count]
 
 
 def share(fraction: float, size: int) -> int:

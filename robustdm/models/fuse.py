@@ -86,8 +86,18 @@ class FusedUpsample2D(Upsample2D):
     """diffusers' upsampling, without its copy to another layout at batches of 64 and more."""
 
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kw) -> Tensor:
-        size = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
-        return self.conv(F.interpolate(hidden_states, **size, mode="nearest"))
+        x = hidden_states
+        if output_size is not None:
+            x = F.interpolate(x, size=output_size, mode="nearest")
+        elif torch.compiler.is_compiling():
+            # The compiler would turn interpolation into indexing, whose gradient is scattered,
+            # pixel by pixel, into an NCHW tensor.
+            b, c, h, w = x.shape
+            rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+            x = rows.expand(b, h, 2, w, 2, c).reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+        else:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
 
 _FUSED = {
