@@ -7,7 +7,7 @@
 
 #include "philox.h"  // as_float, as_bits
 
-#define ROBUSTDM_ABI 1  // native.ABI
+#define ROBUSTDM_ABI 2  // native.ABI
 
 #ifndef ROBUSTDM_VARIANT
 #define ROBUSTDM_VARIANT base
@@ -83,5 +83,36 @@ inline uint16_t to_f16(float x) {
   half = bits > 0x7f800000u ? 0x7e00u : half;
   return (uint16_t)(half | sign >> 16);
 }
+
+// Element types. Arithmetic is in float; values are rounded once, when they are stored.
+
+template <int DTYPE>
+struct Element;
+template <>
+struct Element<F32> {
+  typedef float Type;
+  static float get(float x) { return x; }
+  static float put(float x) { return x; }
+};
+template <>
+struct Element<BF16> {
+  typedef uint16_t Type;
+  static float get(uint16_t x) { return from_bf16(x); }
+  static uint16_t put(float x) { return to_bf16(x); }
+};
+template <>
+struct Element<F16> {
+  typedef uint16_t Type;
+  static float get(uint16_t x) { return from_f16(x); }
+  static uint16_t put(float x) { return to_f16(x); }
+};
+
+// function<dtype>(arguments...)
+#define FOR_DTYPE(dtype, function, ...)          \
+  do {                                           \
+    if ((dtype) == F32) function<F32>(__VA_ARGS__);        \
+    else if ((dtype) == BF16) function<BF16>(__VA_ARGS__); \
+    else function<F16>(__VA_ARGS__);                       \
+  } while (0)
 
 }  // namespace

@@ -100,6 +100,8 @@ def dense(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def channels_last(x: Tensor) -> Tensor:
     """(B, C, *spatial) with the channels innermost, whatever the number of dimensions."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
+ABI = 2  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
 FOLDER = Path(__file__).parent / "_native"
 LEVELS = ("base", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,6 +46,14 @@ _SIGNATURES = {
     "equivariance_loss": [
         _POINTER, _POINTER, c_int, _POINTER, c_int, _POINTER, _POINTER, c_int, *[_POINTER] * 3,
         *[c_int64] * 3, *[_POINTER] * 3, c_int, c_int, c_int, _POINTER,
+    ],
+    "group_norm_act_forward": [
+        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 10, c_int, c_double, _POINTER, c_int,
+        c_double, c_int, _POINTER,
+    ],
+    "group_norm_act_backward": [
+        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 11, c_int, c_double, _POINTER, c_int, c_int,
+        _POINTER,
     ],
     # The last two: threads and runtime, or device and stream.
     "adamw_ema": [c_int64, *[_POINTER] * 12, *[c_double] * 4, c_int, _POINTER],
@@ -276,6 +284,53 @@ def equivariance_loss(
         key.data_ptr(), invariance, detach_clean, *_team(o.numel()),
     )
     return total, fit, reg, grad, grad_adv
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _norm_shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    return x.shape[0], math.prod(x.shape[2:]), x.shape[1], groups
+
+
+def group_norm_act_forward(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, add: Tensor | None, residual: Tensor | None, silu: bool, dropout: float,
+    key: Tensor | None, layer: int, tiny: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`robustdm.reference.group_norm_act_forward` of channels-last tensors."""
+    y = torch.empty_like(x)
+    v = x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean, rstd = (torch.empty(x.shape[0], groups) for _ in range(2))
+    if x.numel():
+        parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
+        _call(
+            "group_norm_act_forward", x.data_ptr(), DTYPES[x.dtype], *_norm_shape(x, groups),
+            *map(_address, parameters), _address(residual), y.data_ptr(), v.data_ptr(),
+            mean.data_ptr(), rstd.data_ptr(), silu, dropout, _address(key), layer, tiny,
+            *_team(x.numel()),
+        )
+    return y, v, mean, rstd
+
+
+def group_norm_act_backward(
+    dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None,
+    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    silu: bool, dropout: float, key: Tensor | None, layer: int, dv: Tensor | None, need_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """`robustdm.reference.group_norm_act_backward` of channels-last tensors."""
+    dx = torch.empty_like(dy)
+    sums = torch.empty((*dy.shape[:2], 3) if need_sums else (0,))
+    if dy.numel():
+        parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
+        _call(
+            "group_norm_act_backward", dy.data_ptr(), DTYPES[dy.dtype], *_norm_shape(dy, groups),
+            v.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *map(_address, parameters),
+            _address(dv), dx.data_ptr(), sums.data_ptr() if need_sums else None, silu, dropout,
+            _address(key), layer, *_team(dy.numel()),
+        )
+    return dx, sums
 
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array | None:

@@ -53,7 +53,6 @@ OPS = (
     "group_norm_act", "adamw_ema",
 )
 _CPP_ONLY = ("adamw_ema",)
-_TRITON_ONLY = ("group_norm_act",)
 
 
 # Which backend.
@@ -64,14 +63,11 @@ def why_off(backend: str, op: str, device: torch.device) -> str | None:
     if backend == "torch":
         return None
     if backend == "cpp":
-        if op in _TRITON_ONLY:
-            return "csrc has no such op"
         if device.type == "cuda" and op not in _CPP_ONLY:
             return "csrc runs this op on CPU tensors only"
         if device.type not in ("cpu", "cuda"):
             return f"it has no code for {device.type} tensors"
-        available, reason = native.status()[device.type]
-        return None if available else reason
+        return _native_missing(device.type)
     if op in _CPP_ONLY:
         return "there is no such kernel; it is part of csrc"
     if device.type == "cuda":
@@ -81,6 +77,16 @@ def why_off(backend: str, op: str, device: torch.device) -> str | None:
             return _triton_missing()
         return "it needs a CUDA device (or, for tests, TRITON_INTERPRET=1 set before the start)"
     return f"it has no code for {device.type} tensors"
+
+
+def _native_missing(device: str) -> str | None:
+    available, reason = native.status()[device]
+    return None if available else reason
+
+
+# torch.compiler.assume_constant_result: a trace asks, and does not look into the file system. (That
+# would load the compiler, which takes a second.)
+_native_missing._dynamo_marked_constant = True
 
 
 def _triton_missing() -> str | None:
@@ -155,9 +161,20 @@ def _eager(function: Callable, setup: Callable, backward: Callable) -> Callable:
             raise RuntimeError(f"{name} has no second derivative: leave out create_graph=True")
         return backward(ctx, *grads)
 
-    methods = {"forward": function, "setup_context": setup, "backward": once}
-    static = {method: staticmethod(f) for method, f in methods.items()}
-    return type(name, (torch.autograd.Function,), static).apply
+    def forward(ctx, *inputs):
+        # Not a setup_context of its own: torch would look up the signature in every call, which
+        # takes longer than most of these ops.
+        output = function(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+    differentiable = type(name, (torch.autograd.Function,), methods).apply
+
+    def call(*inputs):
+        return (differentiable if torch.is_grad_enabled() else function)(*inputs)
+
+    return call
 
 
 # draw_samples
@@ -662,7 +679,7 @@ def group_norm_act(
         key: (3,) int64, needed with dropout: seed, step, global index of the first sample.
         layer: number of this layer in its network: each has masks of its own.
         tiny: added to the variance.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "cpp" or "triton".
 
     Returns:
         y, channels-last; with ``residual`` also v = x + residual + add.

@@ -8,7 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from robustdm import random, reference  # noqa: E402
+import group_norm  # noqa: E402
+from group_norm import ALL, CASES, arguments, error, gradients, images, oracle  # noqa: E402
+
+from robustdm import random  # noqa: E402
 from robustdm.kernels import group_norm_act as kernels  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest where there is no GPU
@@ -26,24 +29,6 @@ PATHS = {
     "split": {"_RESIDENT_FORWARD": 0, "_RESIDENT_BACKWARD": 0, "_LOOP_PER_THREAD": 4,
               "_LOOP_WARPS": 1, "_LOOP_BYTES": 0, "_PROGRAMS": 6, "_CHUNK_BYTES": 10000},
 }
-ALL = ("affine", "scale", "add", "residual", "silu", "dropout")
-
-# shape, groups, features: together every feature alone and with the others, and odd shapes.
-CASES = [
-    ((3, 6, 7, 5), 3, ALL),
-    ((2, 12, 5, 3), 4, ("affine", "silu")),
-    ((2, 24, 5, 3), 2, ("affine", "add", "silu", "dropout")),
-    ((2, 16, 3, 7), 8, ("scale", "residual")),
-    ((2, 40, 3, 3), 4, ("affine", "dropout")),
-    ((1, 20, 4, 4), 1, ()),
-    ((2, 8, 1, 1), 2, ("affine", "residual", "silu", "dropout")),
-    ((1, 5, 3, 3), 5, ("add", "silu", "dropout")),
-    ((1, 48, 9), 12, ("affine", "scale", "silu")),
-    ((2, 6, 2, 3, 2), 2, ("residual", "affine", "silu")),
-    ((2, 96, 3, 2), 24, ALL),
-]
-
-
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Fill every new output with NaN, so that an element left unwritten is noticed."""
@@ -82,83 +67,12 @@ def recorded_plans():
         kernels.plan = original
 
 
-def images(shape, dtype, seed):
-    """Normal numbers with channels-last strides, which are those of a permuted view."""
-    generator = torch.Generator().manual_seed(seed)
-    flat = torch.randn(shape[0], *shape[2:], shape[1], generator=generator)
-    return flat.to(dtype).movedim(-1, 1)
+def forward(*args, **options):
+    return group_norm.forward(kernels, *args, **options)
 
 
-def arguments(shape, features, dtype, parameter_dtype=torch.float32):
-    """The tensors of a call: x, weight, bias, scale, shift, add, residual, and the options."""
-    batch, channels = shape[:2]
-    generator = torch.Generator().manual_seed(3)
-
-    def parameter(name, *size):
-        value = torch.randn(size, generator=generator).to(parameter_dtype)
-        return value if name in features else None
-
-    tensors = {
-        "x": images(shape, dtype, 1) + 0.5,
-        "weight": parameter("affine", channels), "bias": parameter("affine", channels),
-        "scale": parameter("scale", batch, channels), "shift": parameter("scale", batch, channels),
-        "add": parameter("add", batch, channels),
-        "residual": images(shape, dtype, 2) if "residual" in features else None,
-    }
-    options = {
-        "silu": "silu" in features, "dropout": 0.3 if "dropout" in features else 0.0,
-        "key": torch.tensor([5, 2**31 + 7, 11]), "layer": 3,
-    }
-    return tensors, options
-
-
-def forward(tensors, options, groups, tiny=1e-5):
-    t, o = tensors, options
-    return kernels.group_norm_act_forward(
-        t["x"], groups, t["weight"], t["bias"], t["scale"], t["shift"], t["add"], t["residual"],
-        o["silu"], o["dropout"], o["key"], o["layer"], tiny,
-    )
-
-
-def backward(tensors, options, groups, saved, dy, dv, need_sums=True):
-    t, o = tensors, options
-    v, mean, rstd = saved
-    v, add = (t["x"], t["add"]) if t["residual"] is None else (v, None)
-    return kernels.group_norm_act_backward(
-        dy, v, mean, rstd, groups, t["weight"], t["bias"], t["scale"], t["shift"], add,
-        o["silu"], o["dropout"], o["key"], o["layer"], dv, need_sums,
-    )
-
-
-def gradients(tensors, sums):
-    """What `robustdm.ops` makes of the sums."""
-    du, du_xhat, dx = sums.unbind(-1)
-    gain = 1.0 if tensors["scale"] is None else 1 + tensors["scale"].float()
-    weight, bias = (tensors[n] for n in ("weight", "bias"))
-    return {
-        "weight": (du_xhat * gain).sum(0), "bias": (du * gain).sum(0), "shift": du, "add": dx,
-        "scale": du_xhat if weight is None else weight.float() * du_xhat + bias.float() * du,
-    }
-
-
-def oracle(tensors, options, groups, dy=None, dv=None):
-    """y and v in float64, and the gradients for cotangents dy and dv."""
-    leaves = {
-        n: None if t is None else t.detach().double().requires_grad_() for n, t in tensors.items()
-    }
-    y, v = reference.group_norm_act(groups=groups, **leaves, **options)
-    if dy is None:
-        return y.detach(), v.detach(), {}
-    inputs = {n: t for n, t in leaves.items() if t is not None}
-    total = (y * dy.double()).sum() + (0 if dv is None else (v * dv.double()).sum())
-    grads = torch.autograd.grad(total, list(inputs.values()))
-    return y.detach(), v.detach(), dict(zip(inputs, grads, strict=True))
-
-
-def error(got, wanted, scale=0.0):
-    """Relative to the norm of what is wanted, or to ``scale`` where that is nearly zero."""
-    assert got.shape == wanted.shape
-    return float((got.double() - wanted).norm() / max(wanted.norm(), scale, 1e-12))
+def backward(*args, **options):
+    return group_norm.backward(kernels, *args, **options)
 
 
 def check(shape, groups, features, dtype, parameter_dtype=torch.float32):

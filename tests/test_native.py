@@ -10,6 +10,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import group_norm
 import pytest
 import torch
 
@@ -409,11 +410,106 @@ def test_sums_are_accurate_over_many_blocks():
     assert abs(float(got[0]) / float(wanted[0]) - 1) < 2e-7
 
 
+# Group normalisation.
+
+BIG = [((2, 40, 33, 50), 4, group_norm.ALL), ((1, 96, 40, 40), 32, ("affine", "silu")),
+       ((1, 300, 16, 17), 3, ("affine", "add", "dropout")), ((3, 7, 9, 70), 1, ("silu",)),
+       ((2, 12), 4, group_norm.ALL)]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, groups, features", group_norm.CASES + BIG)
+def test_group_norm_act(variant, shape, groups, features, dtype):
+    """Against the float64 oracle; in slabs, in stretches of several positions, and odd ones."""
+    parameters = torch.float32 if groups % 2 else dtype
+    tensors, options = group_norm.arguments(shape, features, dtype, parameters)
+    dy = group_norm.images(shape, dtype, 4)
+    dv = group_norm.images(shape, dtype, 5) if "residual" in features else None
+    wanted_y, wanted_v, wanted = group_norm.oracle(tensors, options, groups, dy, dv)
+    y, v, mean, rstd = group_norm.forward(native, tensors, options, groups)
+    dx, sums = group_norm.backward(native, tensors, options, groups, (v, mean, rstd), dy, dv)
+    forward, backward = {
+        torch.float32: (1e-6, 1e-5), torch.bfloat16: (2**-8, 2**-7), torch.float16: (2**-11, 2**-10)
+    }[dtype]
+    assert y.dtype == dx.dtype == dtype and y.stride() == dx.stride() == tensors["x"].stride()
+    assert mean.dtype == rstd.dtype == sums.dtype == torch.float32
+    assert group_norm.error(y, wanted_y) < forward
+    if "residual" in features:
+        assert group_norm.error(v, wanted_v) < forward
+    assert group_norm.error(dx, wanted["x"]) < backward
+    for name, got in group_norm.gradients(tensors, sums).items():
+        if name in wanted:
+            # In a group of one channel, nothing is left of the sum of dx but rounding.
+            scale = wanted["x"].norm()
+            assert group_norm.error(got, wanted[name], scale) < backward, name
+    alone, none = group_norm.backward(
+        native, tensors, options, groups, (v, mean, rstd), dy, dv, need_sums=False)
+    assert none.numel() == 0 and torch.equal(alone, dx)
+
+
+@needs_library
+@pytest.mark.parametrize("first", [0, 2**33 + 5])
+@pytest.mark.parametrize("shape", [(3, 12, 4, 5), (3, 130, 40, 41), (2, 64, 8, 8)])
+def test_group_norm_act_drops_what_the_reference_drops(variant, shape, first):
+    tensors, options = group_norm.arguments(shape, ("affine", "dropout"), torch.float32)
+    options |= {"layer": 70, "dropout": 0.4, "key": torch.tensor([2**32 - 1, 9, first])}
+    y, *saved = group_norm.forward(native, tensors, options, 2)
+    mask = random.dropout_mask(options["key"], shape, 70, 0.4)
+    assert torch.equal(y != 0, mask)
+    options["key"] = options["key"] + torch.tensor([0, 0, 1])
+    tensors["x"] = tensors["x"][1:]
+    assert torch.equal(group_norm.forward(native, tensors, options, 2)[0], y[1:])
+
+
+@needs_library
+def test_group_norm_act_of_a_large_mean(variant):
+    """An error of 3e-5 is that of a mean of 1000 in float32; a naive variance loses everything."""
+    shape = (2, 12, 25, 30)
+    tensors, options = group_norm.arguments(shape, ("affine", "silu"), torch.float32)
+    tensors["x"] += 1000
+    dy = group_norm.images(shape, torch.float32, 4)
+    wanted_y, _, wanted = group_norm.oracle(tensors, options, 3, dy)
+    y, *saved = group_norm.forward(native, tensors, options, 3)
+    dx, _ = group_norm.backward(native, tensors, options, 3, saved, dy, None)
+    assert group_norm.error(y, wanted_y) < 1e-4 and group_norm.error(dx, wanted["x"]) < 3e-4
+
+
+@needs_library
+def test_group_norm_act_of_extreme_values(variant):
+    tensors, options = group_norm.arguments((2, 24, 3, 3), ("affine", "silu"), torch.float32)
+    clean = group_norm.forward(native, tensors, options, 6)[0]
+    tensors["x"][0, 5, 1, 1] = torch.nan
+    y = group_norm.forward(native, tensors, options, 6)[0]
+    assert torch.isnan(y[0, 4:8]).all() and torch.equal(y[1], clean[1])
+    assert torch.equal(y[0, 8:], clean[0, 8:]) and torch.equal(y[0, :4], clean[0, :4])
+    # Activations from far left to far right of zero.
+    tensors["x"] = torch.linspace(-300, 300, 24 * 50).view(1, 50, 24).movedim(-1, 1)
+    tensors["weight"], tensors["bias"] = torch.full((24,), 100.0), torch.zeros(24)
+    y = group_norm.forward(native, tensors, options, 1)[0]
+    wanted = group_norm.oracle(tensors, options, 1)[0]
+    assert torch.isfinite(y).all() and group_norm.error(y, wanted) < 1e-6
+    u = group_norm.oracle(tensors, options | {"silu": False}, 1)[0]
+    left = (u < -5) & (u > -80)  # where the activation is tiny, and e^u normal
+    assert left.any() and ((y[left] - wanted[left]).abs() <= 1e-4 * wanted[left].abs()).all()
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3)])
+def test_group_norm_act_of_nothing(shape):
+    tensors, options = group_norm.arguments(shape, group_norm.ALL, torch.float32)
+    y, *saved = group_norm.forward(native, tensors, options, 2)
+    dx, _ = group_norm.backward(native, tensors, options, 2, saved, tensors["x"], None)
+    assert y.shape == dx.shape == shape
+
+
 # Threads.
 
 
 @needs_library
-@pytest.mark.parametrize("op", ["noise_perturb", "fgsm_project", "equivariance_loss", "adamw_ema"])
+@pytest.mark.parametrize("op", [
+    "noise_perturb", "fgsm_project", "equivariance_loss", "group_norm_act", "adamw_ema",
+])
 def test_the_number_of_threads_changes_no_bit(op, monkeypatch):
     monkeypatch.setattr(native, "SERIAL", 0)
     x, y, z = batch((2, 3, 31, 33), count=3)
@@ -427,6 +523,12 @@ def test_the_number_of_threads_changes_no_bit(op, monkeypatch):
             return native.fgsm_project(x, y, noise, radius, KEY)
         if op == "equivariance_loss":
             return native.equivariance_loss(x, y, z, radius, lam, KEY, x.dtype, False, False)
+        if op == "group_norm_act":
+            shape = (3, 128, 25, 40)
+            tensors, options = group_norm.arguments(shape, group_norm.ALL, torch.float32)
+            out, *saved = group_norm.forward(native, tensors, options, 8)
+            dy = group_norm.images(shape, torch.float32, 4)
+            return [out, *saved, *group_norm.backward(native, tensors, options, 8, saved, dy, dy)]
         state = optimizer_state([(40_000,), (3,), (20_000,)])
         native.adamw_ema(*state.values(), *scalars(), *OPTIONS)
         return sum(state.values(), [])

@@ -325,8 +325,13 @@ def test_group_norm_act_of_nothing(backend):
         assert y.shape == x.grad.shape == (0, 8, 3, 3)
 
 
-def test_auto_leaves_group_norms_on_a_cpu_to_torch(monkeypatch):
-    """Whose gradients are faster than the reference's; the numbers are the same."""
+@pytest.mark.parametrize("built", [True, False])
+def test_group_norms_on_a_cpu_by_default(monkeypatch, built):
+    """Without csrc they are left to torch, whose gradients are faster than the reference's; the
+    numbers are the same."""
+    if not built:
+        monkeypatch.setattr(ops.native, "status", lambda: {"cpu": (False, "it was not built")})
+        monkeypatch.setattr(ops.native, "group_norm_act_forward", None)
     x = noisy((2, 12, 3, 5), torch.float32).requires_grad_()
     add = noisy((2, 12), torch.float32, 1).requires_grad_()
     results = []
@@ -618,15 +623,13 @@ def test_a_backend_that_is_off_says_why(monkeypatch):
     key, signal, noise, radius, _ = draw((2,), torch.float64)
     with pytest.raises(UsageError, match="'cpp', but float64 has the torch backend alone"):
         ops.noise_perturb(x, signal, noise, radius, key, backend="cpp")
-    with pytest.raises(UsageError, match="'cpp', which is off: csrc has no such op; use backend="):
-        call("group_norm_act", backend="cpp")
     with pytest.raises(UsageError, match="'triton', which is off: there is no such kernel"):
         call("adamw_ema", backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UsageError, match="needs a CUDA device"):
         call("noise_perturb", backend="triton")
     monkeypatch.setattr(ops.native, "status", lambda: {"cpu": (False, "it was not built")})
-    with pytest.raises(UsageError, match="which is off: it was not built"):
+    with pytest.raises(UsageError, match="which is off: it was not built; use backend="):
         call("noise_perturb", backend="cpp")
     assert ops.resolve("noise_perturb", "auto", CPU, torch.float32) == "torch"
 
