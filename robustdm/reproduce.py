@@ -11,7 +11,7 @@ import tyro
 from robustdm.cli import guard
 from robustdm.errors import UsageError
 
-Study = Literal["subspace", "invitro", "digits", "lambda-mode"]
+Study = Literal["subspace", "invitro", "digits", "lambda-mode", "approximations"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class ReproduceConfig:
 
     study: tyro.conf.Positional[Study]
     """subspace and invitro: the paper's in-vitro analyses; digits: real images; lambda-mode: which
-    reading of lambda_t should be the default."""
+    reading of lambda_t should be the default; approximations: what cheaper training than the exact
+    method gives."""
     seeds: int = 3
     """Repeats of every arm, with seeds 0, 1, ..."""
     steps: int | None = None
