@@ -1,5 +1,6 @@
 """``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch;
-``--suite sampling``: draw samples, against diffusers.
+``--suite sampling``: draw samples, against diffusers; ``--suite step``: whole training steps,
+against a loop like the paper's.
 
 Every provider is checked first: no speed is printed for a wrong result, and the exit code is 1.
 benchmarks/README.md explains the columns.
@@ -25,6 +26,7 @@ import elementwise
 import network
 import report
 import sampling
+import step
 import torch
 import tyro
 from case import Case
@@ -42,29 +44,34 @@ COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range
 TINY_COPY = [2**20]
 # Suites that time whole programs: modules with names(config, device), run(config, device, head),
 # which returns the record, print_record(record) and failures(record).
-PROGRAMS = {"sampling": sampling}
+PROGRAMS = {"sampling": sampling, "step": step}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Time the fused ops against eager torch, torch.compile and each other, or whole programs."""
 
-    suite: Literal["kernels", "cpu", "sampling"]
+    suite: Literal["kernels", "cpu", "sampling", "step"]
     """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU; sampling: drawing
-    samples, where kernels runs."""
+    samples, step: training steps, where kernels runs."""
     model: str | None = None
-    """sampling: tiny (6.5 M weights, the default), or a preset for images: digits, cifar10 ..."""
+    """sampling: tiny (6.5 M weights, the default), or a preset for images: digits, cifar10 ...;
+    step: tiny, digits, cifar, celeba64 or lsun256 (by default tiny, on a GPU cifar)."""
     batch: int | None = None
-    """sampling: samples drawn at once; by default 128 on a GPU, 16 on a CPU."""
+    """sampling: samples drawn at once; by default 128 on a GPU, 16 on a CPU. step: images of a
+    step; by default 128 for cifar, 64 for celeba64 and digits, 16 for the others."""
     steps: int | None = None
-    """sampling: sampling steps of a timing; by default 50 on a GPU, 5 on a CPU."""
+    """sampling: sampling steps of a timing; by default 50 on a GPU, 5 on a CPU. step: training
+    steps of the loss curves that are compared; by default 200, for tiny 30; 0 leaves them out."""
+    compile: bool = True
+    """step: also the rows that are compiled."""
     only: str = ""
     """Only cases (sampling: providers) whose name holds this."""
     repeats: int = 15
     """Samples of each provider at most; slow ones get fewer, to stay within the time."""
     minutes: float | None = None
-    """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5). More time compiles
-    more cases."""
+    """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5, step: 8 and 15).
+    More time compiles more cases."""
     out: Path | None = None
     """Write the record, JSON, to this file."""
     plot: Path | None = None

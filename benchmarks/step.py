@@ -1,0 +1,742 @@
+"""The step suite: what a training step costs, one change after the other.
+
+A ladder leads from a loop like the paper's to everything the package does; each row is timed for
+plain DDPM, the random and the adversarial perturbation. Before that, a row's gradient and attack
+must be those of the float32 reference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import paper_loop
+import torch
+from report import BUSY, STYLES
+from rich.console import Console
+from rich.table import Table
+from timing import Sensors, spread
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from robustdm.data import batches
+from robustdm.data.images import ImageTensor
+from robustdm.device import keep_freed_memory
+from robustdm.errors import RunError, UsageError
+from robustdm.models import build_model
+from robustdm.models.fuse import unfuse
+from robustdm.objectives import Objective
+from robustdm.resident import ResidentBatch
+from robustdm.schedule import NoiseSchedule
+from robustdm.step import GradientStep
+from robustdm.training.config import TrainConfig, preset_values
+from robustdm.training.optimizer import SkippingAdamW
+from robustdm.training.trainer import Trainer
+
+SCHEMA = "robustdm-step-1"
+MINUTES = {"cpu": 15.0, "cuda": 8.0}
+BATCH = {"cifar": 128, "celeba64": 64, "lsun256": 16, "tiny": 16, "digits": 64}
+TINY = dict(data="images", resolution=32, block_channels=(64, 128, 128), layers_per_block=2,
+            attention_resolutions=(16,), norm_groups=32, lr=2e-4, warmup_steps=0)
+SMALLEST = dict(data="images", resolution=8, block_channels=(8,), norm_groups=4, warmup_steps=0)
+OBJECTIVES = ("ddpm", "robust_ran", "robust_adv")
+PAPER, REFERENCE = "paper's loop, fp32", "our loop, fp32"
+# Relative error of the whole gradient, and share of the elements where attacks agree.
+LIMITS = {"fp32": (1e-3, 0.999), "bf16": (0.1, 0.97)}
+OVERLAY_LIMIT = 0.03  # of the mean loss
+FEWEST = 3  # rounds, whatever the time
+COMPILING = 0.6  # share of the time after which nothing more is compiled
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a row of the ladder switches on."""
+
+    paper: bool = False
+    tf32: bool = False
+    channels_last: bool = False
+    bf16: bool = False
+    allocator: bool = False
+    elementwise: bool = False
+    norms: bool = False
+    optimizer: bool = False
+    compile: bool = False
+    graph: bool = False
+    # Fields of TrainConfig: an approximation.
+    fields: tuple[tuple[str, float | str], ...] = ()
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        section: "ladder", "leave one out" or "approximations".
+        objectives: those that it is timed for.
+    """
+
+    section: str
+    name: str
+    options: Options
+    objectives: tuple[str, ...] = OBJECTIVES
+
+
+NAMES = {
+    "tf32": "TF32", "channels_last": "channels-last", "bf16": "bf16 weights",
+    "allocator": "memory kept", "elementwise": "elementwise ops", "norms": "GroupNorm ops",
+    "optimizer": "adamw_ema", "compile": "whole step compiled", "graph": "CUDA graph",
+}
+
+
+def rows(device: str) -> list[Row]:
+    """The ladder, then single steps of it left out, then approximations.
+
+    On a CPU what is compiled is the last row of the ladder alone: a compilation takes a minute, and
+    the other rows are compared without.
+    """
+    gpu = device == "cuda"
+    climbed = [n for n in NAMES if n not in (("allocator",) if gpu else ("tf32", "graph"))]
+    made = [Row("ladder", PAPER, Options(paper=True)), Row("ladder", REFERENCE, Options())]
+    options, last = Options(), Options()
+    for name in climbed:
+        options = replace(options, **{name: True})
+        made.append(Row("ladder", f"+ {NAMES[name]}", options))
+        if gpu or name != "compile":
+            last = options
+    both = ("ddpm", "robust_adv")
+    for name in climbed:
+        # Nothing but memory that was kept before can be left out of a process.
+        if getattr(last, name) and name not in ("tf32", "allocator"):
+            made.append(Row("leave one out", f"all but {NAMES[name]}",
+                            replace(last, **{name: False}), both))
+    for fields in (dict(reg_fraction=0.5), dict(reg_fraction=0.25), dict(reg_every=4),
+                   dict(attack_fraction=0.5), dict(objective="outward_ran")):
+        ((key, value),) = fields.items()
+        label = value if key == "objective" else f"{key} {value}"
+        made.append(Row("approximations", str(label), replace(last, fields=((key, value),)),
+                        ("robust_adv",)))
+    return made
+
+
+class Ladder(Trainer):
+    """A trainer that can leave out what is on by default."""
+
+    def __init__(self, config: TrainConfig, data, options: Options):
+        super().__init__(config, data)
+        self.options = options
+        if not options.norms:
+            for network in (self.model, self.network, *(e.model for e in self.emas)):
+                unfuse(network)
+        if not options.channels_last:
+            for network in (self.model, self.network, *(e.model for e in self.emas)):
+                network.to(memory_format=torch.contiguous_format)
+        if not options.optimizer:
+            copies = [] if self.network is self.model else list(self.network.parameters())
+            self.optimizer = SkippingAdamW(self.model, config.lr, config.weight_decay,
+                                           self.emas[0], copies, "torch")
+        self.steps: dict[str, GradientStep] = {}
+
+    def use(self, name: str) -> None:
+        """Train with another objective, on the same weights."""
+        if name not in self.steps:
+            config, old = self.config, self.objective
+            objective = Objective(
+                name, old.schedule, old.perturbation,
+                backend="auto" if self.options.elementwise else "torch",
+                reg_fraction=config.reg_fraction, reg_every=config.reg_every,
+                attack_fraction=config.attack_fraction,
+            )
+            self.steps[name] = GradientStep(self.network, objective)
+            if self.options.graph:
+                self.gradient_step, self.objective = self.steps[name], objective
+                self.use_cuda_graph(_raise)
+                self.steps[name].graph = self._graph
+        self.gradient_step = self.steps[name]
+        self.objective = self.gradient_step.objective
+        self._graph = getattr(self.gradient_step, "graph", None)
+
+    def _laid_out(self, x0):
+        if isinstance(x0, Tensor) and not self.options.channels_last:
+            return x0.contiguous()
+        return super()._laid_out(x0)
+
+
+def _raise(reason: str) -> None:
+    raise RunError(reason)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and where."""
+
+    model: str
+    batch: int
+    device: str
+    tiny: bool = False
+
+    def config(self, options: Options) -> TrainConfig:
+        names = {"cifar": "cifar10"}
+        fields = SMALLEST if self.tiny else TINY if self.model == "tiny" else preset_values(
+            names.get(self.model, self.model))
+        given = dict(options.fields)
+        given.pop("objective", None)
+        return TrainConfig.from_dict({
+            **fields, "batch_size": self.batch, "accumulate": 1, "dropout": 0.0, "holdout": 0.0,
+            "precision": options.precision, "device": self.device, "objective": "robust_adv",
+            "warmup_steps": 0, **given,
+        })
+
+    def data(self, config: TrainConfig) -> ImageTensor:
+        """Random images, held where the network is."""
+        channels = 1 if config.data == "digits" else 3
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(
+            0, 256, (max(512, 2 * self.batch), channels, config.resolution, config.resolution),
+            dtype=torch.uint8, generator=generator,
+        )
+        return ImageTensor("random", images, None, 0.0, 0)
+
+
+class Bench:
+    """Runs in a process of its own: builds rows, checks and times them.
+
+    Args:
+        keep: keep freed memory, see `robustdm.device.keep_freed_memory`.
+    """
+
+    def __init__(self, task: Task, keep: bool, threads: int):
+        torch.set_num_threads(threads)
+        if keep:
+            keep_freed_memory()
+        # Of its own: a compilation that finds the kernels of an earlier run takes no time.
+        self._cache = tempfile.TemporaryDirectory()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
+        self.task = task
+        self.built: dict[tuple[Options, str], object] = {}
+        self.trainers: dict[Options, Ladder] = {}
+        self.reference: dict[str, tuple[list[Tensor], Tensor | None]] = {}
+        self.sensors = Sensors(torch.device(task.device))
+
+    def build(self, options: Options, name: str) -> dict:
+        """Make a row ready to run, and check it; returns what is known of it."""
+        if options.paper:
+            config = self.task.config(options)
+            shape = self.task.data(config).shape
+            model = build_model(config, shape).to(self.task.device)
+            self.built[options, name] = paper_loop.PaperLoop(model, name, config.lr)
+            return {"status": "ok", "parameters": sum(p.numel() for p in model.parameters())}
+        self._tf32(options)
+        trainer = self._trainer(options)
+        trainer.use(name)
+        found: dict = {"status": "ok", **self._check(trainer, options, name)}
+        if options.compile:
+            before, begin = counters["stats"]["unique_graphs"], time.perf_counter()
+            trainer.gradient_step.compile()
+            for kind in {trainer.objective.regularises(s) for s in range(8)}:
+                trainer.probe(self._batch(trainer), [kind])
+            found["compile_s"] = time.perf_counter() - begin
+            found["graphs"] = counters["stats"]["unique_graphs"] - before
+            found["compiled_error"] = self._gradient_error(trainer, name)
+            if found["compiled_error"] > LIMITS[options.precision][0]:
+                found["status"] = "WRONG"
+        self.built[options, name] = trainer
+        return found
+
+    def _trainer(self, options: Options) -> Ladder:
+        if options not in self.trainers:
+            config = self.task.config(options)
+            self.trainers[options] = Ladder(config, self.task.data(config), options)
+        return self.trainers[options]
+
+    def _tf32(self, options: Options) -> None:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = options.tf32
+
+    def _batch(self, trainer: Ladder) -> Tensor | ResidentBatch:
+        if not hasattr(trainer, "fixed"):
+            trainer.fixed = next(batches(trainer.data, trainer.config, 0, trainer.device))[0]
+        return trainer.fixed
+
+    # Checks.
+
+    def _check(self, trainer: Ladder, options: Options, name: str) -> dict:
+        if options == Options():
+            self.reference[name] = self._gradient(trainer), self._delta(trainer)
+            return {"error": 0.0, "agreement": 1.0}
+        if name not in self.reference:
+            self._exact(name)
+        found = {"error": self._gradient_error(trainer, name)}
+        delta, wanted = self._delta(trainer), self.reference[name][1]
+        if delta is not None and wanted is not None:
+            found["agreement"] = (
+                (delta.sign() == wanted[: len(delta)].sign()).double().mean().item())
+        most, least = LIMITS[options.precision]
+        exact = not options.fields  # an approximation has other gradients
+        if exact and not (found["error"] <= most and found.get("agreement", 1.0) >= least):
+            found["status"] = "WRONG"
+        return found
+
+    def _exact(self, name: str) -> None:
+        """The reference of a process that does not time it."""
+        options = Options()
+        config = self.task.config(options)
+        trainer = Ladder(config, self.task.data(config), options)
+        trainer.use(name)
+        self._check(trainer, options, name)
+
+    def _gradient(self, trainer: Ladder) -> list[Tensor]:
+        x0 = trainer._laid_out(self._batch(trainer))
+        return trainer.gradient_step(x0, trainer._key(0)).weights
+
+    def _gradient_error(self, trainer: Ladder, name: str) -> float:
+        exact = self.reference[name][0]
+        squared = sum((g - e).double().square().sum()
+                      for g, e in zip(self._gradient(trainer), exact, strict=True))
+        return float((squared / sum(e.double().square().sum() for e in exact)).sqrt())
+
+    def _delta(self, trainer: Ladder) -> Tensor | None:
+        x0 = trainer._laid_out(self._batch(trainer))
+        draw = trainer.objective.draw_from(x0, trainer._key(0))
+        delta = trainer.objective(trainer.network, x0, draw).delta
+        return None if delta is None else delta.detach().float()
+
+    # Times.
+
+    def time(self, options: Options, name: str, steps: int) -> dict:
+        """Milliseconds of a step, from ``steps`` of them; joules on a GPU."""
+        self._tf32(options)
+        run = self._stepper(options, name)
+        before = self.sensors.read().get("joules")
+        self._wait()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            run()
+        self._wait()
+        found = {"ms": (time.perf_counter() - begin) / steps * 1e3}
+        after = self.sensors.read().get("joules")
+        if before is not None and after is not None:
+            found["joules"] = (after - before) / steps
+        if self.task.device == "cuda":
+            found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+        return found
+
+    def _stepper(self, options: Options, name: str):
+        built = self.built[options, name]
+        if isinstance(built, paper_loop.PaperLoop):
+            config = self.task.config(options)
+            x0 = next(batches(self.task.data(config), config, 0, self.task.device))[0]
+            if isinstance(x0, ResidentBatch):
+                x0 = x0.load(torch.zeros(3, dtype=torch.int64, device=x0.device))
+            x0 = x0.contiguous()
+            return lambda: built.step(x0)
+        built.use(name)
+        x0 = self._batch(built)
+        return lambda: built.train_step(x0)
+
+    def _wait(self) -> None:
+        if self.task.device == "cuda":
+            torch.cuda.synchronize()
+
+    def recompiled(self) -> int:
+        """Graphs that this process has compiled so far."""
+        return counters["stats"]["unique_graphs"]
+
+    def flops(self) -> float:
+        """Floating-point operations of one pass through the network for one sample."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        config = self.task.config(Options())
+        shape = self.task.data(config).shape
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = build_model(config, shape)
+            model(torch.empty(1, *shape), torch.zeros(1, dtype=torch.int64))
+        return float(counter.get_total_flops())
+
+    def overlay(self, options: Options, steps: int) -> dict:
+        """Losses of ``steps`` adversarial steps, of the float32 reference and of a row."""
+        curves = []
+        for each in (Options(), options):
+            config = self.task.config(each)
+            trainer = Ladder(config, self.task.data(config), each)
+            trainer.use("robust_adv")
+            if each.compile:
+                trainer.gradient_step.compile()
+            stream, losses = batches(trainer.data, config, 0, trainer.device), []
+            for _ in range(steps):
+                trainer.train_step(next(stream)[0])
+                losses.append(trainer.window().get("loss"))
+            curves.append(losses)
+        tails = [statistics.fmean(curve[-max(1, steps // 4):]) for curve in curves]
+        return {"steps": steps, "reference": curves[0], "row": curves[1],
+                "difference": tails[1] / tails[0] - 1}
+
+    def feeding(self, options: Options, steps: int, rounds: int) -> dict:
+        """Ratio of the time of a step fed by the training stream to that with a batch at hand."""
+        trainer = self.built[options, "robust_adv"]
+        trainer.use("robust_adv")
+        fixed, ratios = self._batch(trainer), []
+        stream = batches(trainer.data, trainer.config, 0, trainer.device)
+        for number in range(rounds):
+            times = {}
+            for kind in random.sample(("real", "fixed"), 2):
+                self._wait()
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    trainer.train_step(next(stream)[0] if kind == "real" else fixed)
+                self._wait()
+                times[kind] = time.perf_counter() - begin
+            if number:  # the first round warms up
+                ratios.append(times["real"] / times["fixed"])
+        return {"ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def serve(pipe, *arguments) -> None:
+    """The process of a `Bench`: calls come in and answers go out."""
+    bench = None
+    while True:
+        name, args = pipe.recv()
+        if name == "quit":
+            return
+        try:
+            if bench is None:
+                bench = Bench(*arguments)
+            pipe.send(("ok", getattr(bench, name)(*args)))
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            pipe.send(("error", f"{type(error).__name__}: {text[0][:200]}"))
+
+
+@dataclass
+class Worker:
+    """A `Bench` at the other end of a pipe; a call waits for its answer."""
+
+    task: Task
+    keep: bool
+    process: object = field(init=False)
+
+    def __post_init__(self):
+        context = get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(other, self.task, self.keep, torch.get_num_threads()), daemon=True)
+        self.process.start()
+
+    def __call__(self, name: str, *args):
+        self.pipe.send((name, args))
+        status, answer = self.pipe.recv()
+        if status == "error":
+            raise RunError(answer)
+        return answer
+
+    def close(self) -> None:
+        self.pipe.send(("quit", ()))
+        self.process.join(20)
+
+
+# The suite.
+
+
+def make_task(config, device: torch.device) -> Task:
+    """What to train.
+
+    Raises:
+        UsageError: for an unknown model or a batch below 1.
+    """
+    name = config.model or ("cifar" if device.type == "cuda" else "tiny")
+    if name not in BATCH:
+        raise UsageError(f"model is {name!r}: choose one of {', '.join(BATCH)}")
+    batch = config.batch if config.batch is not None else 4 if config.tiny else BATCH[name]
+    if batch < 1:
+        raise UsageError(f"batch is {batch}: it must be at least 1")
+    return Task(name, batch, device.type, config.tiny)
+
+
+def select(config, device: torch.device) -> list[Row]:
+    """The rows whose name holds ``--only``, and the two that all are compared with."""
+    found = rows(device.type)
+    return [r for r in found if config.only in r.name or r.name in (PAPER, REFERENCE)]
+
+
+def names(config, device: torch.device) -> list[str]:
+    """What ``--list`` prints."""
+    return [f"{row.section}: {row.name}" for row in select(config, device)]
+
+
+def run(config, device: torch.device, head: dict) -> dict:
+    """Check every row, then time those that are right, in turn.
+
+    Args:
+        config: a ``BenchmarkConfig``.
+        head: what the record begins with.
+
+    Returns:
+        The record, JSON-able: one row per line of the ladder and objective, with status "ok",
+        "WRONG", "FAILED" or "off", and for "ok" ms (median), p20, p80, samples.
+    """
+    begin = time.perf_counter()
+    seconds = 60 * (config.minutes or MINUTES[device.type])
+    task, chosen = make_task(config, device), select(config, device)
+    gpu = device.type == "cuda"
+    # Freed memory is kept for good: rows without that have a process of their own.
+    workers = {keep: Worker(task, keep) for keep in ([False] if gpu else [False, True])}
+    record = {"schema": SCHEMA, **head, "model": task.model, "batch": task.batch,
+              "tiny": task.tiny, "rows": []}
+    try:
+        timed = []
+        for row in chosen:
+            worker = workers[row.options.allocator and not gpu]
+            for name in row.objectives:
+                late = time.perf_counter() - begin > COMPILING * seconds
+                entry = {"section": row.section, "name": row.name, "objective": name,
+                         "precision": row.options.precision, "compile": row.options.compile,
+                         "fields": dict(row.options.fields)}
+                shown = dict(row.options.fields).get("objective", name)
+                print(f"[{time.perf_counter() - begin:4.0f} s] {row.name}, {shown}", flush=True)
+                if row.options.compile and (late or not config.compile):
+                    entry |= {"status": "off", "reason": "no time left to compile"
+                              if late else "--no-compile"}
+                else:
+                    try:
+                        entry |= worker("build", row.options, shown)
+                    except RunError as error:
+                        entry |= {"status": "FAILED", "reason": str(error)}
+                record["rows"].append(entry)
+                if entry["status"] == "ok":
+                    timed.append((entry, worker, row.options, shown))
+        record["parameters"] = record["rows"][0].get("parameters")
+        record["flops"] = workers[False]("flops")
+        before = {keep: worker("recompiled") for keep, worker in workers.items()}
+        samples = _time(timed, config, begin + seconds)
+        for keep, worker in workers.items():
+            for entry, other, options, _ in timed:
+                if other is worker and options.compile:
+                    entry["recompiles"] = worker("recompiled") - before[keep]
+        for (entry, *_), found in zip(timed, samples, strict=True):
+            entry.update(spread([f["ms"] for f in found]))
+            for key in ("joules", "peak_mib"):
+                if key in found[0]:
+                    entry[key] = statistics.median(f[key] for f in found)
+        fastest = [(e, o) for e, _, o, n in timed if n == "robust_adv" and not o.fields
+                   and not o.paper]
+        if fastest and config.steps != 0:
+            entry, options = min(fastest, key=lambda pair: pair[0]["ms"])
+            worker = workers[options.allocator and not gpu]
+            count = config.steps or (4 if task.tiny else 30 if task.model == "tiny" else 200)
+            record["feeding"] = worker("feeding", options, max(2, count // 10), 6)
+            print(f"[{time.perf_counter() - begin:4.0f} s] {count} steps of training", flush=True)
+            record["overlay"] = {"row": entry["name"], **worker("overlay", options, count)}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    record["load_after"] = os.getloadavg()[0]
+    record["seconds"] = time.perf_counter() - begin
+    derive(record)
+    return record
+
+
+def _time(timed: list[tuple], config, end: float) -> list[list[dict]]:
+    """Time in rounds, each in another order, so that a disturbance hits all alike."""
+    samples: list[list[dict]] = [[] for _ in timed]
+    counts = []
+    for entry, worker, options, name in timed:  # two, of which the first warms up
+        print(f"warming up {entry['name']}, {name}", flush=True)
+        worker("time", options, name, 1)
+        if options.graph:
+            worker("time", options, name, 3)
+        once = worker("time", options, name, 1)["ms"]
+        every = dict(options.fields).get("reg_every", 1)  # whole periods
+        counts.append(every * (1 if config.tiny else max(1, round(250 / once / every))))
+    longest = 0.0
+    for done in range(config.repeats):
+        started = time.perf_counter()
+        if done >= FEWEST and started + longest > end:
+            break
+        for i in random.sample(range(len(timed)), len(timed)):
+            _, worker, options, name = timed[i]
+            samples[i].append(worker("time", options, name, counts[i]))
+        longest = max(longest, time.perf_counter() - started)
+    return samples
+
+
+# What the numbers come to.
+
+
+def derive(record: dict) -> None:
+    """Add img/s, TFLOP/s and the ratios to both denominators to the rows, and the targets."""
+    rows = [r for r in record["rows"] if "ms" in r]
+    times = {(r["section"], r["name"], r["objective"]): r["ms"] for r in rows}
+    paper = times.get(("ladder", PAPER, "ddpm"))
+    paper_at = times.get(("ladder", PAPER, "robust_adv"))
+    # The approximations' own DDPM: the last row of the ladder that is compiled as they are.
+    ladder = {r["compile"]: r["ms"] for r in rows
+              if r["section"] == "ladder" and r["objective"] == "ddpm" and r["name"] != PAPER}
+    for row in rows:
+        row["img_per_s"] = record["batch"] / row["ms"] * 1e3
+        own = times.get((row["section"], row["name"], "ddpm")) or ladder.get(row["compile"])
+        for key, base in (("vs_own_ddpm", own), ("vs_paper_ddpm", paper)):
+            if base:
+                row[key] = row["ms"] / base
+        if paper_at and row["objective"] == "robust_adv":
+            row["faster_than_paper"] = paper_at / row["ms"]
+        objective = row["fields"].get("objective", row["objective"])
+        options = {k: v for k, v in row["fields"].items() if k != "objective"}
+        row["units"] = Objective(objective, NoiseSchedule.linear(1000), **options).units()
+        row["tflops"] = record["flops"] * record["batch"] * row["units"] / row["ms"] / 1e9
+        if "joules" in row:
+            row["joules_per_image"] = row["joules"] / record["batch"]
+    record["targets"] = targets(record)
+
+
+def targets(record: dict) -> list[dict]:
+    """The numbers that the step is held to, as far as this machine can tell."""
+    rows = [r for r in record["rows"] if "ms" in r and r["section"] == "ladder"]
+    exact = [r for r in rows if r["objective"] == "robust_adv" and r["name"] != PAPER]
+    found = []
+
+    def target(text: str, value: float | None, limit: float, at_most: bool) -> None:
+        if value is not None:
+            reached = value <= limit if at_most else value >= limit
+            found.append({"text": text, "value": value, "limit": limit, "at_most": at_most,
+                          "reached": bool(reached)})
+
+    paper = next((r for r in rows if r["name"] == PAPER and r["objective"] == "robust_adv"), None)
+    if paper:
+        target("the paper's loop: robust_adv / DDPM (the paper says 2.5)",
+               paper.get("vs_own_ddpm"), 2.9, True)
+    if exact:
+        best = min(exact, key=lambda r: r["ms"])
+        gpu = record["device"] == "cuda"
+        target(f"{best['name']}: times faster than the paper-style robust_adv",
+               best.get("faster_than_paper"), 3.5 if gpu else 2.0, False)
+        target(f"{best['name']}: robust_adv / own DDPM", best.get("vs_own_ddpm"),
+               2.7 if gpu else 2.9, True)
+        if gpu:
+            target(f"{best['name']}: robust_adv / paper-style DDPM", best.get("vs_paper_ddpm"),
+                   0.7, True)
+    for row in record["rows"]:
+        if row["fields"].get("reg_fraction") == 0.25 and record["device"] == "cuda":
+            target("reg_fraction 0.25 / own DDPM", row.get("vs_own_ddpm"), 1.45, True)
+        if row.get("compile_s") and row["objective"] == "robust_adv":
+            target(f"{row['name']}: seconds to compile", row["compile_s"],
+                   90 if record["device"] == "cuda" else 180, True)
+    if "feeding" in record:
+        target("step fed by the training stream / step with a batch at hand",
+               record["feeding"]["ratio"], 1.02, True)
+    if "overlay" in record:
+        target(f"mean loss after {record['overlay']['steps']} steps against fp32, |difference|",
+               abs(record["overlay"]["difference"]), OVERLAY_LIMIT, True)
+    return found
+
+
+def failures(record: dict) -> list[str]:
+    """Rows whose gradient or attack was wrong, or that raised."""
+    wrong = [
+        f"{row['name']}, {row['objective']}: {row['status']} "
+        + (row.get("reason") or f"error {row.get('compiled_error', row.get('error'))}, agreement "
+           f"{row.get('agreement')}")
+        for row in record["rows"] if row["status"] in ("WRONG", "FAILED")
+    ]
+    overlay = record.get("overlay")
+    if overlay and not abs(overlay["difference"]) <= OVERLAY_LIMIT:
+        wrong.append(f"{overlay['row']}: the loss leaves that of float32 by "
+                     f"{overlay['difference']:+.1%} in {overlay['steps']} steps")
+    return wrong
+
+
+def table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """The columns and cells of the table, a line per row; a wrong result shows no speed."""
+    gpu = record["device"] == "cuda"
+    columns = ["row", "ddpm ms", "ran ms", "adv ms", "p20-p80", "adv img/s", "adv / own ddpm",
+               "adv / paper's ddpm", "x paper's adv", "TFLOP/s", *(("MiB", "J/img") if gpu else ()),
+               "compile s", "recompiles", "grad error", "agreement"]
+    lines = []
+    for section, name in dict.fromkeys((r["section"], r["name"]) for r in record["rows"]):
+        mine = {r["objective"]: r for r in record["rows"]
+                if (r["section"], r["name"]) == (section, name)}
+        row = mine["robust_adv"]
+        if all(r["status"] == "off" for r in mine.values()):
+            continue
+
+        def ms(objective: str, mine=mine) -> str:
+            found = mine.get(objective)
+            if found is None:
+                return ""
+            return f"{found['ms']:.4g}" if found["status"] == "ok" else found["status"]
+
+        def number(key: str, form: str, row=row) -> str:
+            shown = row["status"] == "ok" or key in ("error", "agreement")
+            return form.format(row[key]) if shown and row.get(key) is not None else ""
+
+        lines.append([
+            name, *map(ms, OBJECTIVES), number("p20", "{:.4g}-") + number("p80", "{:.4g}"),
+            number("img_per_s", "{:.4g}"), number("vs_own_ddpm", "{:.2f}"),
+            number("vs_paper_ddpm", "{:.2f}"), number("faster_than_paper", "{:.2f}"),
+            number("tflops", "{:.3g}"),
+            *((number("peak_mib", "{:.0f}"), number("joules_per_image", "{:.3g}")) if gpu else ()),
+            number("compile_s", "{:.0f}"), number("recompiles", "{}"),
+            # Of an approximation they say nothing: its gradient is another.
+            *(("", "") if row["fields"] else
+              (number("error", "{:.1e}"), number("agreement", "{:.4f}"))),
+        ])
+    return columns, lines
+
+
+def print_record(record: dict) -> None:
+    """The table, the targets, and all that was wrong or is off."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=170)
+    columns, lines = table(record)
+    made = Table(show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    sections = {r["name"]: r["section"] for r in record["rows"]}
+    for line, after in zip(lines, [*lines[1:], None], strict=True):
+        wrong = next((STYLES[cell] for cell in line if cell in STYLES), "")
+        last = after is not None and sections[after[0]] != sections[line[0]]
+        made.add_row(*line, style=wrong, end_section=last)
+    console.print(made)
+    where = record["gpu"] or (
+        f"{record['cpu']}, {record['threads']} threads on {record['cores']} cores")
+    console.print(
+        f"{where}; {record['model']}, {(record['parameters'] or 0) / 1e6:.2f} M weights, batch "
+        f"{record['batch']}; torch {record['versions']['torch']}; load {record['load_before']:.1f} "
+        f"before, {record['load_after']:.1f} after; {record['seconds']:.0f} s", highlight=False)
+    if record["load_before"] > BUSY * record["cores"]:
+        console.print(f"the machine was busy before this began (load {record['load_before']:.1f} "
+                      f"on {record['cores']} cores): repeat it on an idle one", style="bold yellow",
+                      highlight=False)
+    for t in record["targets"]:
+        sign, verdict = "<=" if t["at_most"] else ">=", "reached" if t["reached"] else "MISSED"
+        console.print(f"{verdict:8}{t['text']}: {t['value']:.3g} ({sign} {t['limit']})",
+                      highlight=False)
+    reasons = {(r["name"], r["reason"]) for r in record["rows"] if r["status"] == "off"}
+    for name, reason in sorted(reasons):
+        console.print(f"off: {name}: {reason}", style="dim", highlight=False)
+    for text in failures(record):
+        console.print(text, style="bold red", highlight=False)
+
+
+def markdown(path: Path) -> str:
+    """The table of a record, for a page."""
+    columns, lines = table(json.loads(path.read_text()))
+    body = [columns, ["---"] + ["--:"] * (len(columns) - 1), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])))

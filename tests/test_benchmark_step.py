@@ -1,0 +1,165 @@
+"""The step suite: an independent loop that computes the same loss, honest rows and ratios."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustdm import NoiseSchedule, Objective
+from robustdm.models import build_model
+from robustdm.training.config import TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import paper_loop  # noqa: E402
+import run  # noqa: E402
+import step  # noqa: E402
+
+
+@pytest.mark.parametrize("method", ["ddpm", "robust_ran", "robust_adv"])
+def test_the_papers_loop_computes_the_same_loss_and_gradient(method):
+    """Two codes that share no line, fed with the same random numbers, in float64."""
+    model = build_model(TrainConfig(block_channels=(8,), norm_groups=4), (2, 8, 8)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    loop = paper_loop.PaperLoop(model, method)
+    objective = Objective(method, NoiseSchedule.linear(1000))
+    x0 = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    draw = objective.draw(x0, seed=1, step=2)
+    unit = draw.delta / draw.radius.view(-1, 1, 1, 1)
+    losses, fit = loop.loss(x0, paper_loop.Numbers(draw.t, draw.eps, draw.beta, unit))
+    theirs = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    ours = objective(model, x0, draw)
+    assert torch.allclose(losses, ours.fit + ours.reg, rtol=1e-9)
+    assert torch.allclose(fit, ours.fit, rtol=1e-9)
+    mine = torch.autograd.grad(ours.total, list(model.parameters()))
+    wrong = sum((a - b).square().sum() for a, b in zip(theirs, mine, strict=True))
+    assert wrong.sqrt() < 1e-9 * sum(b.square().sum() for b in mine).sqrt()
+
+
+def test_a_step_of_the_papers_loop_trains_and_logs():
+    model = build_model(TrainConfig(block_channels=(8,), norm_groups=4), (1, 8, 8))
+    loop = paper_loop.PaperLoop(model, "robust_adv", lr=1e-3, ema_rate=0.5)
+    before = [p.clone() for p in model.parameters()]
+    loss = loop.step(torch.randn(4, 1, 8, 8))
+    assert loss == loop.logged["loss"] > loop.logged["mse"] > 0 and loop.logged["grad_norm"] > 0
+    for old, p, a in zip(before, model.parameters(), loop.average.parameters(), strict=True):
+        assert torch.allclose(a, (old + p) / 2, atol=1e-6)
+    assert any(not torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_rung_changes_one_thing(device):
+    def changed(a, b):
+        return {f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+
+    made = step.rows(device)
+    ladder = [r.options for r in made if r.section == "ladder"]
+    assert ladder[0].paper and ladder[1] == step.Options()
+    seen = [changed(a, b) for a, b in zip(ladder[1:], ladder[2:], strict=False)]
+    assert all(len(s) == 1 for s in seen) and len(set.union(*seen)) == len(seen)
+    top = ladder[-1] if device == "cuda" else ladder[-2]
+    for row in made:
+        if row.section == "leave one out":
+            (name,) = changed(top, row.options)
+            assert getattr(top, name) and not getattr(row.options, name)
+        if row.section == "approximations":
+            assert changed(top, row.options) == {"fields"}
+    assert {"tf32", "graph"} <= set.union(*seen) if device == "cuda" else {"allocator"} <= (
+        set.union(*seen))
+
+
+def entry(name, objective, ms, section="ladder", **more):
+    return {"section": section, "name": name, "objective": objective, "precision": "fp32",
+            "compile": False, "fields": {}, "status": "ok", "ms": ms, "p20": ms, "p80": ms,
+            "samples": 3, "error": 1e-7, **more}
+
+
+def made_record():
+    rows = [
+        entry(step.PAPER, "ddpm", 10.0), entry(step.PAPER, "robust_adv", 25.0),
+        entry("+ a", "ddpm", 4.0), entry("+ a", "robust_adv", 10.0),
+        entry("+ b", "ddpm", 2.0), entry("+ b", "robust_adv", 6.0),
+        entry("q", "robust_adv", 3.0, "approximations", fields={"reg_fraction": 0.25}),
+    ]
+    return {"rows": rows, "batch": 4, "flops": 1e9, "device": "cpu", "gpu": None, "cpu": "x",
+            "threads": 2, "cores": 2, "model": "tiny", "parameters": 1, "load_before": 0.0,
+            "load_after": 0.0, "seconds": 1.0, "versions": {"torch": "2"}}
+
+
+def test_ratios_name_both_denominators():
+    record = made_record()
+    step.derive(record)
+    rows = {(r["name"], r["objective"]): r for r in record["rows"]}
+    best = rows["+ b", "robust_adv"]
+    assert best["vs_own_ddpm"] == 3.0 and best["vs_paper_ddpm"] == 0.6
+    assert best["faster_than_paper"] == pytest.approx(25 / 6)
+    assert rows[step.PAPER, "robust_adv"]["vs_own_ddpm"] == 2.5
+    assert rows["q", "robust_adv"]["vs_own_ddpm"] == 1.5  # the last rung's DDPM
+    assert rows["q", "robust_adv"]["units"] == 4.25
+    assert best["tflops"] == pytest.approx(1e9 * 4 * 8 / 6e-3 / 1e12)
+    verdicts = {t["text"].partition(":")[2].strip(): t["reached"] for t in record["targets"]}
+    assert verdicts["robust_adv / own DDPM"] is False
+    assert verdicts["times faster than the paper-style robust_adv"] is True
+
+
+def test_a_wrong_row_shows_no_speed(capsys):
+    record = made_record()
+    record["rows"][5] = {**entry("+ b", "robust_adv", 6.0), "status": "WRONG", "error": 0.5}
+    for key in ("ms", "p20", "p80"):
+        del record["rows"][5][key]
+    step.derive(record)
+    columns, lines = step.table(record)
+    line = next(cells for cells in lines if cells[0] == "+ b")
+    assert line[columns.index("adv ms")] == "WRONG" and line[columns.index("adv / own ddpm")] == ""
+    assert line[columns.index("grad error")] == "5.0e-01"
+    assert step.failures(record) == ["+ b, robust_adv: WRONG error 0.5, agreement None"]
+    step.print_record(record)
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_wrong_gradients_and_attacks_are_noticed(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    task = step.Task("tiny", 4, "cpu", tiny=True)
+    bench = step.Bench(task, keep=False, threads=torch.get_num_threads())
+    reference = step.Options()
+    assert bench.build(reference, "robust_adv")["status"] == "ok"
+    good = bench.build(step.Options(bf16=True), "robust_adv")
+    assert good["status"] == "ok" and 1e-4 < good["error"] < 0.1 and good["agreement"] > 0.97
+    attack = Objective._attack
+    monkeypatch.setattr(Objective, "_attack", lambda *args: -attack(*args))
+    flipped = bench.build(step.Options(channels_last=True), "robust_adv")
+    assert flipped["status"] == "WRONG" and flipped["agreement"] < 0.9
+
+
+def test_the_suite_end_to_end(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    assert run.main([
+        "--suite", "step", "--tiny", "--no-compile", "--only", "+ elementwise", "--repeats", "1",
+        "--steps", "2", "--out", str(out),
+    ]) in (0, 1)  # two steps of a network this small need not agree to 3 %
+    record = json.loads(out.read_text())
+    rows = {(r["name"], r["objective"]): r for r in record["rows"]}
+    assert set(rows) == {(n, o) for n in (step.PAPER, step.REFERENCE, "+ elementwise ops")
+                         for o in step.OBJECTIVES}
+    assert all(r["status"] == "ok" and r["ms"] > 0 for r in rows.values())
+    assert rows["+ elementwise ops", "robust_adv"]["vs_paper_ddpm"] > 0
+    assert len(record["overlay"]["row"]) == 2 == record["overlay"]["steps"]
+    assert record["feeding"]["ratio"] > 0 and record["flops"] > 1e4
+    assert "| + elementwise ops |" in step.markdown(out)
+    assert "paper's loop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "cifr"], "model is 'cifr': choose one of cifar, "),
+    (["--batch", "0"], "batch is 0: it must be at least 1"),
+])
+def test_wrong_arguments(arguments, message):
+    from robustdm import UsageError
+
+    with pytest.raises(UsageError, match=message):
+        run.main(["--suite", "step", *arguments])
