@@ -258,6 +258,77 @@ def test_forward_passes(name, passes):
         assert torch.equal(model.inputs[-1], out.x_adv)
 
 
+def test_the_regulariser_on_a_share_of_the_batch():
+    """The first samples get it, with the weight that keeps its expectation; the others do not."""
+    model, x0 = Counting(network()), points(8)
+    exact = Objective("robust_adv", SCHEDULE)
+    part = Objective("robust_adv", SCHEDULE, reg_fraction=0.4)
+    draw = exact.draw(x0, seed=1, step=2)
+    whole, out = exact(model.inner, x0, draw), part(model, x0, draw)
+    assert [len(x) for x in model.inputs] == [8, 3, 3]  # clean, attack, adversarial
+    assert torch.allclose(out.fit, whole.fit)
+    assert torch.allclose(out.reg[:3], 8 / 3 * whole.reg[:3]) and not out.reg[3:].any()
+    assert torch.allclose(out.delta, whole.delta[:3]) and torch.allclose(out.x_adv, whole.x_adv[:3])
+    wanted = (whole.fit + torch.where(torch.arange(8) < 3, 8 / 3, 0.0) * whole.reg).mean()
+    assert torch.allclose(out.total, wanted.to(out.total))
+    # The gradient: the plain one of all, and the mean regulariser's of three.
+    plain, three = Objective("ddpm", SCHEDULE), draw.part(0, 3)
+    total = (plain(model, x0, draw).total + exact(model, x0[:3], three).total
+             - plain(model, x0[:3], three).total)
+    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters()))
+                      for loss in (out.total, total)), strict=True):
+        assert torch.allclose(a, b)
+    one = Objective("robust_adv", SCHEDULE, reg_fraction=1e-3)(model, x0, draw)
+    assert len(one.delta) == 1 and torch.allclose(one.reg[0], 8 * whole.reg[0])
+
+
+def test_the_regulariser_in_some_of_the_steps():
+    model, x0 = Counting(network()), points()
+    exact, plain = Objective("robust_adv", SCHEDULE), Objective("ddpm", SCHEDULE)
+    some = Objective("robust_adv", SCHEDULE, reg_every=3, reg_from=6)
+    for step in range(13):
+        draw = some.draw(x0, seed=1, step=step)
+        with_it = step in (6, 9, 12)
+        assert draw.regularised == some.regularises(step) == with_it
+        model.inputs.clear()
+        out = some(model, x0, draw)
+        wanted = (exact if with_it else plain)(network(), x0, exact.draw(x0, seed=1, step=step))
+        assert len(model.inputs) == (3 if with_it else 1)
+        assert torch.allclose(out.fit, wanted.fit) and torch.allclose(out.reg, 3 * wanted.reg)
+        assert torch.allclose(out.total, (out.fit + out.reg).mean())
+        assert (out.delta is None) != with_it
+    assert not plain.regularises(0)
+
+
+def test_an_attack_on_a_share_of_the_perturbed_samples():
+    model, x0 = Counting(network()), points(8)
+    exact = Objective("robust_adv", SCHEDULE)
+    draw = exact.draw(x0, seed=1, step=2)
+    whole = exact(network(), x0, draw)
+    for options, attacked, count in ((dict(attack_fraction=0.25), 2, 8),
+                                     (dict(attack_fraction=0.5, reg_fraction=0.5), 2, 4)):
+        model.inputs.clear()
+        out = Objective("robust_adv", SCHEDULE, **options)(model, x0, draw)
+        assert [len(x) for x in model.inputs] == [8, attacked, count]
+        assert torch.allclose(out.delta[:attacked], whole.delta[:attacked])
+        assert torch.allclose(out.delta[attacked:], draw.delta[attacked:count])
+
+
+@pytest.mark.parametrize("name, options, units", [
+    ("ddpm", {}, 3), ("robust_ran", {}, 6), ("outward_ran", {}, 6), ("robust_adv", {}, 8),
+    ("invariance", {}, 8), ("robust_adv", dict(reg_fraction=0.25), 4.25),
+    ("robust_adv", dict(attack_fraction=0.5), 7), ("robust_adv", dict(reg_every=4), 4.25),
+    ("robust_adv", dict(reg_fraction=0.5, attack_fraction=0.5, reg_every=2), 4),
+])
+def test_units(name, options, units):
+    objective = Objective(name, SCHEDULE, **options)
+    assert objective.units() == units
+    steps = [objective.units(step) for step in range(4)]
+    assert sum(steps) / 4 == units
+    late = Objective(name, SCHEDULE, reg_from=2, **options)
+    assert late.units() == units and late.units(1) == 3
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_attack_computes_no_weight_gradient(bf16):
     """Counted in the backward graph itself: convolutions are asked for input gradients alone. Under
@@ -402,6 +473,10 @@ def test_diffusers_networks_work_as_they_are():
 
 
 @pytest.mark.parametrize("arguments, match", [
+    (("robust_adv", dict(reg_fraction=0.0)), "reg_fraction is 0.0: it is a share, above 0 and up"),
+    (("robust_adv", dict(attack_fraction=1.5)), "attack_fraction is 1.5: it is a share"),
+    (("robust_adv", dict(reg_every=0)), "reg_every is 0, reg_from 0: give a number of steps"),
+    (("robust_adv", dict(reg_from=-1)), "reg_every is 1, reg_from -1: give"),
     (("robust",), "objective is 'robust'"),
     (("ddpm", {"backend": "cuda"}), "backend is 'cuda'"),
     (("ddpm", {"beta_per": "image"}), "beta_per is 'image'"),

@@ -1,13 +1,19 @@
 """The training step: what it asks of a device, and the numbers that are kept of it."""
 
+import contextlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robustdm import ResidentBatch, UsageError
 from robustdm.data import base, batches
 from robustdm.training import trainer as module
+from robustdm.training.checkpoint import Checkpoint
 from robustdm.training.config import TrainConfig, preset_values
+from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.trainer import Trainer
 
 SMALL = dict(block_channels=(8, 8), norm_groups=4, batch_size=8, num_points=200)
@@ -105,3 +111,205 @@ def test_skips_in_a_row_are_counted_anew_after_a_good_step():
         trainer.train_step(x0 * factor)
         seen.append((int(trainer.skipped), int(trainer.skipped_in_a_row)))
     assert seen == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+# What a step is made of: weights in two precisions, pieces, a graph.
+
+
+def images(**fields):
+    return TrainConfig(**{**SMALL, "warmup_steps": 0, "device": "cpu", **fields})
+
+
+def train(trainer, steps=3):
+    stream = batches(trainer.data, trainer.config, trainer.step, trainer.device)
+    for _ in range(steps):
+        trainer.train_step(next(stream)[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_bf16_weights_follow_their_float32_masters(backend):
+    trainer = Trainer(images(precision="bf16", backend=backend))
+    before = [p.clone() for p in trainer.model.parameters()]
+    train(trainer)
+    pairs = list(zip(trainer.model.parameters(), trainer.network.parameters(), strict=True))
+    assert trainer.network is not trainer.model
+    for p, q in pairs:
+        assert p.dtype == torch.float32 and q.dtype == torch.bfloat16
+        assert torch.equal(q, p.to(torch.bfloat16))
+    assert any(not torch.equal(a, p) for a, (p, _) in zip(before, pairs, strict=True))
+    # Steps too small for bfloat16 add up in the masters.
+    assert any(not torch.equal(p, q.float()) for p, q in pairs)
+    assert {p.dtype for e in trainer.emas for p in e.model.parameters()} == {torch.float32}
+    # A checkpoint holds the masters, and the copies come from what is loaded.
+    fresh = Trainer(images(precision="bf16", backend=backend))
+    tensors, state = trainer.state()
+    assert {v.dtype for v in tensors["model"].values()} == {torch.float32}
+    fresh.restore(Checkpoint(Path("x"), 3, tensors, state))
+    for q, r in zip(trainer.network.parameters(), fresh.network.parameters(), strict=True):
+        assert torch.equal(q, r)
+
+
+def test_a_step_in_bf16_is_near_that_in_float32():
+    one, two = (Trainer(images(precision=p)) for p in ("fp32", "bf16"))
+    train(one, 5), train(two, 5)
+    a, b = one.window(), two.window()
+    assert a["fit"] == pytest.approx(b["fit"], rel=0.02) and a["fit"] != b["fit"]
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(dropout=0.3), dict(precision="bf16")])
+def test_pieces_do_not_change_the_step(fields):
+    """Nor the dropout masks, which fused blocks draw by a sample's place in the batch."""
+    one, two = (Trainer(images(accumulate=n, **fields)) for n in (1, 4))
+    train(one, 2), train(two, 2)
+    a, b = one.window(), two.window()
+    rel = 1e-4 if not fields.get("precision") else 2e-2
+    for key in ("fit", "reg", "grad_norm"):
+        assert a[key] == pytest.approx(b[key], rel=rel), key
+
+
+def test_a_run_without_our_kernels_and_one_with():
+    one, two = (Trainer(images(backend=b)) for b in ("torch", "auto"))
+    assert not any(type(m).__name__.startswith("Fused") for m in one.model.modules())
+    assert any(type(m).__name__.startswith("Fused") for m in two.model.modules())
+    assert one.model.state_dict().keys() == two.model.state_dict().keys()
+    train(one, 3), train(two, 3)
+    a, b = one.window(), two.window()
+    assert a["fit"] == pytest.approx(b["fit"], rel=1e-3)
+
+
+def test_the_options_reach_the_objective():
+    trainer = Trainer(images(reg_fraction=0.5, reg_every=2, attack_fraction=0.25, at_last=0.25,
+                             steps=40))
+    objective = trainer.objective
+    assert (objective.reg_fraction, objective.reg_every, objective.attack_fraction) == (
+        0.5, 2, 0.25)
+    assert objective.reg_from == 30
+    x0 = trainer.data.batch(torch.arange(8))
+    regularised = []
+    for step in (0, 29, 30, 31, 32):
+        trainer.step = step
+        trainer.train_step(x0)
+        regularised.append("reg" in (w := trainer.window()) and w["reg"] > 0)
+    assert regularised == [False, False, True, False, True]
+
+
+class FakeGraph:
+    """Instead of CUDA's: what is captured is run by ``replay``, not before."""
+
+    made = []
+
+    def __init__(self):
+        self.work = None
+        FakeGraph.made.append(self)
+
+    def replay(self):
+        self.work()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    FakeGraph.made = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: ("pool",))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+
+    @contextlib.contextmanager
+    def capturing(graph, pool):
+        assert pool == ("pool",)
+        graph.work = lambda: graph.run()
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+
+
+def test_a_step_graph_warms_up_captures_and_replays(fake_cuda):
+    """One graph for each shape and kind; every call is a step, on the values of that call."""
+    seen = []
+
+    def run(x0, key, regularised):
+        if FakeGraph.made and FakeGraph.made[-1].work and not hasattr(FakeGraph.made[-1], "run"):
+            # Captured: remembers where its inputs lie.
+            FakeGraph.made[-1].run = lambda: seen.append(
+                ("replay", x0.sum().item(), key[1].item(), regularised))
+            return
+        seen.append(("plain", x0.sum().item(), key[1].item(), regularised))
+
+    step = StepGraph(run, warn=pytest.fail)
+    for number in range(6):
+        step(torch.full((2,), float(number)), torch.tensor([0, number, 0]), number % 2 == 0)
+    for number in range(6, 10):
+        step(torch.full((2,), float(number)), torch.tensor([0, number, 0]), True)
+    step(torch.full((3,), 10.0), torch.tensor([0, 10, 0]), True)
+    kinds = [kind for kind, *_ in seen]
+    assert [(v, k) for _, v, k, _ in seen] == [(2.0 * n, n) for n in range(10)] + [(30.0, 10)]
+    # Two plain steps of each kind, then replays; a new shape starts anew.
+    assert kinds == ["plain"] * 4 + ["replay"] * 6 + ["plain"] and len(FakeGraph.made) == 2
+
+
+def test_what_cannot_be_captured_runs_as_it_is(fake_cuda, monkeypatch):
+    @contextlib.contextmanager
+    def refused(graph, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    steps, warnings = [], []
+    step = StepGraph(lambda x0, key, regularised: steps.append(int(key[1])), warnings.append)
+    for number in range(5):
+        step(torch.zeros(2), torch.tensor([0, number, 0]), True)
+    assert steps == [0, 1, 2, 3, 4]
+    assert len(warnings) == 1 and "not permitted" in warnings[0] and "\n" not in warnings[0]
+
+
+def test_a_step_graph_of_resident_images_keeps_their_set_where_it_is(fake_cuda):
+    data = torch.zeros(5, 1, 2, 2, dtype=torch.uint8)
+    rows = []
+    step = StepGraph(lambda x0, key, _: rows.append((x0.data is data, x0.items.tolist())),
+                     warn=pytest.fail)
+    for items in ([1, 2], [3, 4]):
+        step(ResidentBatch(data, torch.tensor(items)), torch.zeros(3, dtype=torch.int64), True)
+    assert rows == [(True, [1, 2]), (True, [3, 4])]
+
+
+def test_why_there_is_no_cuda_graph():
+    for fields, reason in ((dict(), "the device is cpu"),):
+        said = []
+        Trainer(images(**fields)).use_cuda_graph(said.append)
+        assert said == [f"no CUDA graph: {reason}"]
+    for fields, reason in ((dict(backend="torch", dropout=0.1), "the masks of"),
+                           (dict(backend="torch"), "it needs the fused optimizer")):
+        trainer, said = Trainer(images(**fields)), []
+        trainer.device = torch.device("cuda")
+        trainer.use_cuda_graph(said.append)
+        assert len(said) == 1 and reason in said[0] and trainer._graph is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fields", [
+    dict(), dict(accumulate=2, reg_every=2, dropout=0.1), dict(precision="bf16"),
+])
+def test_replayed_steps_are_the_steps(compiled, fields):
+    plain, graphed = (Trainer(images(**{**fields, "device": "cuda"})) for _ in range(2))
+    graphed.use_cuda_graph(pytest.fail)
+    if compiled:
+        for trainer in (plain, graphed):
+            trainer.gradient_step.compile()
+    train(plain, 9), train(graphed, 9)
+    assert len(graphed._graph._kinds) == (2 if "reg_every" in fields else 1)
+    assert all(kind.graph is not None for kind in graphed._graph._kinds.values())
+    for p, q in zip(plain.model.parameters(), graphed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert plain.window() == graphed.window() | {"time": plain.elapsed}
+
+
+def test_xformers_needs_a_gpu():
+    with pytest.raises(UsageError, match="attention is 'xformers', but the device is cpu: use"):
+        Trainer(images(attention="xformers"))
