@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     done all that it was given before, and so leaves the GPU idle once in every step."""
     values = values.pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)
+
+
+def to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy to the host; the function returned waits for that, not for later work."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 def keep_freed_memory() -> None:

@@ -404,7 +404,7 @@ def test_memory_estimate_counts_what_autograd_keeps(tmp_path):
     del out
     # Attention and channels-last copies differ a little from one device to the next.
     drawing = 64 * 8 * 64
-    assert estimate["activations"] - drawing == pytest.approx(measured, rel=0.15)
+    assert estimate["activations"] - drawing == pytest.approx(measured, rel=0.2)
     robust = estimate_bytes(replace(config, objective="robust_adv"), (1, 8, 8))
     assert robust["activations"] - drawing == 2 * (estimate["activations"] - drawing)
 
@@ -414,7 +414,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_remedy():
     estimate = {"weights": 10, "activations": 900, "total": 910}
     assert check_fits(config, estimate, 1000) is check_fits(config, estimate, None) is None
     assert "--accumulate 2 gives" in check_fits(config, estimate, 800)
-    with pytest.raises(UsageError, match="batch_size is 64: a step needs .* --accumulate 16 gives"):
+    with pytest.raises(UsageError, match="batch_size is 64: a step needs .* --accumulate 16 gives "
+                       "the same result in less; the largest batch that fits in one piece is abou"):
         check_fits(config, estimate, 100)
     with pytest.raises(UsageError, match="a smaller network"):
         check_fits(config, estimate, 12)

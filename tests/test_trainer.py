@@ -313,3 +313,12 @@ def test_replayed_steps_are_the_steps(compiled, fields):
 def test_xformers_needs_a_gpu():
     with pytest.raises(UsageError, match="attention is 'xformers', but the device is cpu: use"):
         Trainer(images(attention="xformers"))
+
+
+def test_a_closed_window_is_that_of_its_steps_whenever_it_is_read():
+    one, two = (Trainer(images()) for _ in range(2))
+    train(one, 2), train(two, 2)
+    wanted, read = one.window(), two.close_window()
+    train(two, 3)
+    assert read() == wanted and wanted["step"] == 2
+    assert two.window()["step"] == 5

@@ -130,6 +130,12 @@ def fuse(network: nn.Module) -> nn.Module:
     Raises:
         UsageError: if there is nothing to fuse.
     """
+    change_classes(network)
+    return network.to(memory_format=torch.channels_last)
+
+
+def change_classes(network: nn.Module) -> None:
+    """What `fuse` does to the modules, without touching their parameters."""
     count = 0
     for module in network.modules():
         if _fusable(module):
@@ -147,7 +153,6 @@ def fuse(network: nn.Module) -> nn.Module:
     norm, activation = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act"))
     if type(norm) is FusedGroupNorm and type(activation) is nn.SiLU:
         norm.__class__, activation.__class__ = FusedGroupNormSiLU, FusedActivation
-    return network.to(memory_format=torch.channels_last)
 
 
 def unfuse(network: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,6 +178,7 @@ class _Session:
         self.first_step = trainer.step
         self.saved = self.started
         self.compile_s: float | None = None
+        self.line: tuple[Callable[[], dict], Tensor] | None = None
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -204,13 +206,18 @@ class _Session:
             trainer.train_step(x0)
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
-            # On a GPU, waiting for every step's verdict would leave it idle in between.
-            if trainer.device.type == "cpu" or step % every == 0 or last:
-                self._check_skips(indices)
+            # On a GPU, waiting for a step's numbers would leave it idle: they are read when it has
+            # got the next step to do.
+            at_once = trainer.device.type == "cpu"
+            if at_once:
+                self._check_skips(int(trainer.skipped_in_a_row), step, indices)
+            self._write_line()
             stopped = self._why_stop()
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
-                self._log(sampled)
+                self._log(sampled, indices)
+                if at_once or last or sampled or stopped:
+                    self._write_line()
             else:
                 self.progress.update(step)
             due = bool(config.checkpoint_every) and step % config.checkpoint_every == 0
@@ -258,12 +265,11 @@ class _Session:
             return f"--max-time {config.max_time}"
         return None
 
-    def _check_skips(self, indices: Tensor) -> None:
-        in_a_row = int(self.trainer.skipped_in_a_row)
+    def _check_skips(self, in_a_row: int, step: int, indices: Tensor) -> None:
         if not in_a_row:
             return
-        self.progress.message(f"warning: step {self.trainer.step} skipped: loss or gradient is "
-                              f"not finite ({in_a_row} in a row)")
+        self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
+                              f"({in_a_row} in a row)")
         if in_a_row >= self.config.max_skipped:
             raise RunError(
                 f"{in_a_row} steps in a row gave a loss or gradient that is not finite, the last "
@@ -272,23 +278,33 @@ class _Session:
                 f"{self.run_dir.checkpoints}"
             )
 
-    def _log(self, sampled: bool) -> None:
+    def _log(self, sampled: bool, indices: Tensor) -> None:
+        """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
-        record = trainer.window()
+        self.line = trainer.close_window(), indices
+        self.extras: dict = {}
         if (rate := self.progress.img_per_s) is not None:
-            record["img_per_s"] = rate
+            self.extras["img_per_s"] = rate
         if sampled or trainer.step == self.config.steps:
             heldout = trainer.heldout_loss()
             if heldout is not None:
-                record["heldout_loss"] = heldout
+                self.extras["heldout_loss"] = heldout
         if sampled:
             with contextlib.suppress(_Interrupted):
                 samples = self._sample("ddim", self.config.preview_steps)
-                record["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+                self.extras["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+
+    def _write_line(self) -> None:
+        if self.line is None:
+            return
+        (read, indices), self.line = self.line, None
+        record = read() | self.extras
         self.run_dir.append_metrics(record)
-        self.loggers.log(trainer.step, record)
+        self.loggers.log(record["step"], record)
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
-        self.progress.update(trainer.step, shown)
+        self.progress.update(self.trainer.step, shown)
+        if self.trainer.device.type != "cpu":
+            self._check_skips(record.get("skipped_in_a_row", 0), record["step"], indices)
 
     def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
         data = self.trainer.data

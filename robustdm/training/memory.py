@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robustdm.errors import UsageError
 from robustdm.models import build_model
 from robustdm.training.config import TrainConfig
+from robustdm.training.trainer import resolve_device
 
 
 def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int]:
-    """Bytes of a training step's weights and activations, from a dry pass on the meta device.
+    """Bytes of a training step's weights and activations, from a dry pass of tensors without data.
 
     Activations are what one forward pass keeps for its backward pass, for one piece of the batch,
     and what drawing its noise takes. A robust objective holds two such graphs at its peak: the
@@ -29,21 +31,25 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
         ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
         ``total``.
     """
-    with torch.device("meta"):
+    with FakeTensorMode(), torch.device(resolve_device(config.device)):
         model = build_model(config, shape)
+        if config.network == "unet" and config.backend != "torch":
+            from robustdm.models.fuse import change_classes  # fused norms keep less
+
+            change_classes(model)
         piece = config.batch_size // config.accumulate
         x, t = torch.empty(piece, *shape), torch.zeros(piece, dtype=torch.int64)
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, Tensor] = {}
 
-    def remember(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+        def remember(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        out = model(x, t)  # alive until counted: its graph is what keeps the tensors
-    activations = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
-    del out
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            out = model(x, t)  # alive until counted: its graph is what keeps the tensors
+        activations = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
+        del out
     if config.precision == "bf16":
         activations //= 2
     if config.objective != "ddpm":
@@ -87,6 +93,9 @@ def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | N
     fitting = [n for n in finer_pieces(config) if whole / n <= room]
     remedy = f"--accumulate {fitting[0]} gives the same result in less" if fitting else (
         "use a smaller network or a larger machine")
+    largest = int(config.batch_size * room / whole) if room > 0 else 0
+    if largest:
+        remedy += f"; the largest batch that fits in one piece is about {largest}"
     if estimate["total"] > 1.25 * available:
         raise UsageError(f"{text}; {remedy}")
     return f"{text}; if memory runs out, {remedy}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustdm import ops, random
 from robustdm.data import Data, load_data
-from robustdm.device import to_device
+from robustdm.device import to_device, to_host
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import UsageError
 from robustdm.inference import fast_network
@@ -189,19 +189,32 @@ class Trainer:
 
     def window(self) -> dict[str, float]:
         """Means since the last call, for one line of metrics.jsonl; waits for the device."""
-        fit, reg, norm, steps = self._sums.tolist()
+        return self.close_window()()
+
+    def close_window(self) -> Callable[[], dict[str, float]]:
+        """Begin a new window; the function returned gives the means of the one that ends, and waits
+        only for what the device had been given until now."""
+        skips = torch.stack([self.skipped, self.skipped_in_a_row])
+        arriving = to_host(torch.cat([self._sums, self._bands.flatten(), skips]))
         record: dict[str, float] = {"step": self.step, "time": round(self.elapsed, 3)}
-        if steps:
-            fit, reg, norm = fit / steps, reg / steps, norm / steps
-            record |= {"loss": fit + reg, "fit": fit, "reg": reg, "grad_norm": norm}
-        sums, counts = self._bands.tolist()
-        for band, (total, count) in enumerate(zip(sums, counts, strict=True)):
-            if count:
-                record[f"fit_band{band}"] = total / count
-        record |= {"lr": self.lr, "skipped": int(self.skipped)}
+        lr = self.lr
         self._sums.zero_()
         self._bands.zero_()
-        return record
+
+        def read() -> dict[str, float]:
+            fit, reg, norm, steps, *bands, skipped, in_a_row = arriving().tolist()
+            if steps:
+                fit, reg, norm = fit / steps, reg / steps, norm / steps
+                record.update(loss=fit + reg, fit=fit, reg=reg, grad_norm=norm)
+            for band, (total, count) in enumerate(zip(bands[:BANDS], bands[BANDS:], strict=True)):
+                if count:
+                    record[f"fit_band{band}"] = total / count
+            record.update(lr=lr, skipped=int(skipped))
+            if in_a_row:
+                record["skipped_in_a_row"] = int(in_a_row)
+            return record
+
+        return read
 
     @torch.no_grad()
     def heldout_loss(self) -> float | None:
