@@ -142,6 +142,32 @@ def test_dropout_outside_of_an_objective_is_torchs():
     assert torch.equal(model.eval()(x, t).sample, model(x, t).sample)
 
 
+def test_padding_the_image_channels_changes_no_number(monkeypatch):
+    """Where the first convolution is padded, it sees eight channels and computes the same."""
+    from robustdm.models.fuse import PaddedConv2d
+
+    model, (x, t) = robustdm.fuse(network()).double(), inputs()
+    assert type(model.conv_in) is PaddedConv2d and model.conv_in.in_channels % 8
+
+    def results():
+        image = x.clone().requires_grad_()
+        out = model(image, t).sample
+        weights = list(model.parameters())
+        return out, *torch.autograd.grad((out * out).sum(), [image, *weights])
+
+    plain = results()
+    seen = []
+    original = PaddedConv2d._conv_forward
+    monkeypatch.setattr(PaddedConv2d, "wants_eight", lambda self, x: True)
+    monkeypatch.setattr(PaddedConv2d, "_conv_forward", lambda self, x, *rest: (
+        seen.append(x.shape[1]), original(self, x, *rest))[1])
+    for a, b in zip(results(), plain, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert seen == [8]
+    robustdm.unfuse(model)
+    assert type(model.conv_in) is nn.Conv2d
+
+
 def test_conditional_networks():
     from diffusers import UNet2DConditionModel
 
