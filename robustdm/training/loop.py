@@ -201,6 +201,7 @@ class _Session:
             self._compile(first[0])
             stream = itertools.chain([first], stream)
         stopped = None
+        self.progress.restart()
         while trainer.step < config.steps and stopped is None:
             x0, indices = next(stream)
             trainer.train_step(x0)

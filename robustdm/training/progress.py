@@ -44,8 +44,8 @@ class Progress:
             terminal = self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
             mode = "live" if terminal else "plain"
         self.mode = mode
-        # The median of the latest steps ignores the first (compilation) and the pauses in which
-        # samples and checkpoints are made.
+        # The median of the latest steps ignores the pauses in which samples and checkpoints are
+        # made.
         self._durations: deque[float] = deque(maxlen=WINDOW)
         self._last = self._printed = clock()
         self._pending = ""
@@ -82,6 +82,10 @@ class Progress:
         """Time to the last step at the median speed; None before the first update."""
         seconds = self.seconds_per_step
         return None if seconds is None else max(0, self.total_steps - self.step) * seconds
+
+    def restart(self) -> None:
+        """Count the time of the next step from now: what was done before it was no training."""
+        self._last = self._clock()
 
     def update(self, step: int, fields: Mapping[str, float | str] | None = None) -> None:
         """Tell that ``step`` steps of the run are done.
