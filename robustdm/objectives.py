@@ -361,10 +361,10 @@ class Objective:
         self, model: Callable, xt: Tensor, x_ran: Tensor, clean: Tensor, draw: Draw
     ) -> Tensor:
         """Gradient, up to a positive factor, of the attacked distance at the random start."""
-        x = x_ran.detach()
-        if torch.compiler.is_compiling():
+        x, leaf = x_ran.detach(), self._leaves.get(x_ran.device)
+        if torch.compiler.is_compiling() and leaf is not None:
             # Torch 2.11 traces no requires_grad_() of what was computed in the same trace.
-            x = x + self._leaves[x.device].to(x.dtype)
+            x = x + leaf.to(x.dtype)
         else:
             x.requires_grad_()
         with torch.enable_grad():
