@@ -75,7 +75,7 @@ class BenchmarkConfig:
     out: Path | None = None
     """Write the record, JSON, to this file."""
     plot: Path | None = None
-    """Write a picture, PNG: bandwidth over bytes, with that of a copy."""
+    """Write a picture, PNG: bandwidth over bytes, with that of a copy; step: the loss curves."""
     list: bool = False
     """Only print the cases, with the bytes that each has to move."""
     tiny: bool = False
@@ -119,7 +119,7 @@ def run_program(
     if config.list:
         print(*program.names(config, device), sep="\n")
         return 0
-    if config.plot is not None:
+    if config.plot is not None and not hasattr(program, "plot"):
         raise UsageError(f"plot is {config.plot}: the suite {config.suite} has no picture; leave "
                          "it out")
     check_outputs(config)
@@ -127,6 +127,8 @@ def run_program(
     program.print_record(record)
     if config.out is not None:
         write_json(config.out, record)
+    if config.plot is not None:
+        program.plot(record, config.plot)
     return 1 if program.failures(record) else 0
 
 

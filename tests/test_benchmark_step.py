@@ -140,7 +140,7 @@ def test_the_suite_end_to_end(tmp_path, capsys):
     out = tmp_path / "step.json"
     assert run.main([
         "--suite", "step", "--tiny", "--no-compile", "--only", "+ elementwise", "--repeats", "1",
-        "--steps", "2", "--out", str(out),
+        "--steps", "2", "--out", str(out), "--plot", str(tmp_path / "step.png"),
     ]) in (0, 1)  # two steps of a network this small need not agree to 3 %
     record = json.loads(out.read_text())
     rows = {(r["name"], r["objective"]): r for r in record["rows"]}
@@ -148,7 +148,10 @@ def test_the_suite_end_to_end(tmp_path, capsys):
                          for o in step.OBJECTIVES}
     assert all(r["status"] == "ok" and r["ms"] > 0 for r in rows.values())
     assert rows["+ elementwise ops", "robust_adv"]["vs_paper_ddpm"] > 0
-    assert len(record["overlay"]["row"]) == 2 == record["overlay"]["steps"]
+    overlay = record["overlay"]
+    assert len(overlay["reference"]) == len(overlay["fastest"]) == 2 == overlay["steps"]
+    assert overlay["row"] in ("+ elementwise ops", step.REFERENCE)
+    assert (tmp_path / "step.png").stat().st_size > 5000
     assert record["feeding"]["ratio"] > 0 and record["flops"] > 1e4
     assert "| + elementwise ops |" in step.markdown(out)
     assert "paper's loop" in capsys.readouterr().out
