@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from robustdm.metrics import noise_level, psnr, sliced_wasserstein, spread, subspace_error
+from robustdm.metrics import (
+    frechet_distance,
+    noise_level,
+    psnr,
+    sliced_wasserstein,
+    spread,
+    subspace_error,
+)
 
 
 def _normal(*shape, seed=0):
@@ -76,3 +83,27 @@ def test_noise_level_needs_a_block():
 def test_psnr():
     assert psnr(0.01) == pytest.approx(10 * math.log10(400))
     assert psnr(0.0) == pytest.approx(120)
+
+
+def test_the_frechet_distance_of_gaussians():
+    """Against the formula with a matrix square root, and where it is known without one."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 2.0) == pytest.approx(3 * 4.0)
+    # Commuting covariances: the sum of the squared differences of the standard deviations.
+    scale = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.cov(a.T))
+    white = (a - a.mean(0)) @ vectors / values.sqrt()
+    assert frechet_distance(white, white * scale) == pytest.approx(0 + 1 + 4)
+    b = torch.randn(300, 3, generator=generator, dtype=torch.float64) @ torch.randn(
+        3, 3, generator=generator, dtype=torch.float64)
+    first, second = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(first @ second).sqrt().sum().real
+    wanted = (a.mean(0) - b.mean(0)).square().sum() + first.trace() + second.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(wanted.item(), rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(wanted.item(), rel=1e-9)
+    assert frechet_distance(a.view(400, 1, 3), b.view(300, 3, 1)) == pytest.approx(wanted.item())
+    for wrong in (a[:1], a[:, :2]):
+        with pytest.raises(ValueError, match="do not compare"):
+            frechet_distance(wrong, b)

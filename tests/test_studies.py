@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from robustdm import UsageError
+from robustdm.models import PointMLP
 from robustdm.reproduce import main
-from robustdm.studies import digits, invitro, lambda_mode, subspace
+from robustdm.studies import approximations, digits, invitro, lambda_mode, subspace
 from robustdm.studies.runner import Claim, Spread, arms_directory, load_samples, run_arm, summarise
 from robustdm.tables import text_table
+from robustdm.training.config import TrainConfig, preset_values
 
 QUICK = dict(samples=40, sampler="ddim", sampling_steps=3)
 
@@ -94,3 +96,74 @@ def test_claims_say_reached_or_missed():
 def test_wrong_numbers_are_refused():
     with pytest.raises(UsageError, match="seeds is 0"):
         main(["subspace", "--seeds", "0"])
+
+
+# Approximations.
+
+
+def test_equal_work_is_equal_work():
+    arms = approximations.arms(2, 40)
+    exact = {a.group: a for a in arms if a.name == approximations.EXACT}
+    assert set(exact) == {"subspace", "digits"} and len({a.key for a in arms}) == len(arms)
+    for arm in arms:
+        work = approximations.units(arm.config) * arm.config.steps
+        if arm.name.endswith(approximations.EQUAL_WORK):
+            assert work == pytest.approx(8 * 40, rel=0.03), arm.name
+        else:
+            assert arm.config.steps == 40
+    assert approximations.units(exact["digits"].config) == 8
+    late = next(a for a in arms if a.name == "at_last 0.25")
+    assert approximations.units(late.config) == pytest.approx(0.75 * 3 + 0.25 * 8)
+
+
+def config(**fields):
+    return TrainConfig(**{**preset_values("subspace"), **fields})
+
+
+def test_robustness_of_a_network_that_is_equivariant():
+    """E(x) = c x / s, which takes over any perturbation of eps whole, leaves no residual."""
+    schedule = approximations.schedule_of(config())
+
+    def model(x, t):
+        return x / schedule.at("sqrt_one_minus_alphas_cumprod", t).to(x)[:, None]
+
+    found = approximations.robustness(model, config(), torch.randn(32, 5), seed=1)
+    assert found["residual_fgsm"] < 1e-9 and found["residual_pgd10"] < 1e-9
+    assert found["agreement"] == 1 and found["J_ratio"] == pytest.approx(1)
+    blind = approximations.robustness(
+        lambda x, t: 0 * x, config(objective="ddpm"), torch.randn(32, 5), seed=1)
+    # What does not react at all leaves delta itself, and no gradient moves that from its start.
+    assert blind["residual_fgsm"] == pytest.approx(1 / 3, rel=0.2) and "agreement" not in blind
+
+
+def test_robustness_tells_methods_apart():
+    torch.manual_seed(0)
+    model = PointMLP(5, 32, 3).eval().requires_grad_(False)
+    x0 = torch.randn(64, 5)
+    found = {
+        name: approximations.robustness(model, config(**fields), x0, seed=1)
+        for name, fields in approximations.METHODS.items()
+    }
+    exact, ran = found[approximations.EXACT], found["robust_ran"]
+    assert exact["agreement"] == exact["J_ratio"] == 1
+    assert ran["J_ratio"] < found["outward_ran"]["J_ratio"] < 1
+    assert ran["J_ratio"] < found["attack_fraction 0.5"]["J_ratio"] < 1
+    assert found["reg_fraction 0.25"]["J_ratio"] == pytest.approx(1)
+    assert "agreement" not in found["DDPM"]
+
+
+def test_ten_small_steps_go_further_than_one_and_stay_in_the_ball():
+    torch.manual_seed(0)
+    model = PointMLP(5, 32, 3).double().requires_grad_(False)
+    x0 = torch.randn(64, 5, dtype=torch.float64)
+    objective = approximations.objective_of(config())
+    draw = objective.draw(x0, seed=1, step=2)
+    loss = objective(model, x0, draw)
+    clean = model(loss.xt, draw.t)
+
+    def moved(delta):
+        return model(loss.xt + draw.noise[:, None] * delta, draw.t) - clean
+
+    delta = approximations.projected_gradient(moved, draw)
+    assert (delta.abs() <= draw.radius[:, None] * (1 + 1e-12)).all()
+    assert moved(delta).square().sum() > moved(loss.delta).square().sum()

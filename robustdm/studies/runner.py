@@ -175,6 +175,8 @@ class Spread:
     sd: float
 
     def __str__(self) -> str:
+        if not self.sd and float(self.mean).is_integer():
+            return f"{self.mean:.0f}"
         return f"{self.mean:.3g} ±{self.sd:.2g}"
 
 
