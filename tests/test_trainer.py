@@ -310,6 +310,25 @@ def test_replayed_steps_are_the_steps(compiled, fields):
     assert plain.window() == graphed.window() | {"time": plain.elapsed}
 
 
+def test_attention_by_plain_products_in_bf16_on_a_cpu():
+    """Where the fused kernel's backward pass is slow; the numbers are the same."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
+    def plain(trainer):
+        found = [m.processor for m in trainer.network.modules() if isinstance(m, Attention)]
+        assert found
+        return all(type(p) is AttnProcessor for p in found)
+
+    assert not plain(Trainer(images())) and plain(Trainer(images(precision="bf16")))
+    assert not plain(Trainer(images(precision="bf16", attention="sdpa")))
+    one, two = Trainer(images()), Trainer(images(attention="plain"))
+    assert plain(two)
+    train(one, 2), train(two, 2)
+    a, b = one.window(), two.window()
+    assert a["fit"] == pytest.approx(b["fit"], rel=1e-4)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
 def test_xformers_needs_a_gpu():
     with pytest.raises(UsageError, match="attention is 'xformers', but the device is cpu: use"):
         Trainer(images(attention="xformers"))

@@ -74,19 +74,30 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         return UNet2DModel(**unet_config(config, shape[0]))
 
 
-def set_attention(network: nn.Module, attention: str, device: torch.device) -> None:
-    """Let a diffusers network compute attention with torch ("sdpa") or "xformers", in place.
+def set_attention(network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Let a diffusers network compute attention in the way of a configuration, in place.
 
     Raises:
         UsageError: if xformers is not to be had.
     """
-    if attention == "sdpa":
+    kind = config.attention
+    if kind == "auto":
+        # Measured: of torch's fused kernel in bfloat16 it is the backward pass that is slow there.
+        kind = "plain" if device.type == "cpu" and config.precision == "bf16" else "sdpa"
+    if kind == "sdpa":
+        return
+    if kind == "plain":
+        from diffusers.models.attention_processor import Attention, AttnProcessor
+
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
         return
     remedy = 'use --attention sdpa, or a GPU and pip install "robustdm[xformers]"'
     if device.type != "cuda":
-        raise UsageError(f"attention is {attention!r}, but the device is {device}: {remedy}")
+        raise UsageError(f"attention is {kind!r}, but the device is {device}: {remedy}")
     try:
         network.enable_xformers_memory_efficient_attention()
     except Exception as error:  # diffusers tries it out, and raises whatever that raises
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"attention is {attention!r}: {text[0]}; {remedy}") from None
+        raise UsageError(f"attention is {kind!r}: {text[0]}; {remedy}") from None

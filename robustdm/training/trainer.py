@@ -54,7 +54,7 @@ class Trainer:
         if self.data.is_image:
             # Convolutions are faster channels-last, on CPUs as on GPUs.
             self.model.to(memory_format=torch.channels_last)
-            set_attention(self.model, config.attention, self.device)
+            set_attention(self.model, config, self.device)
             if config.backend != "torch":
                 from robustdm.models.fuse import fuse  # networks for points do without diffusers
 
