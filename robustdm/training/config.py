@@ -118,7 +118,7 @@ class TrainConfig:
     """unet: dropout rate."""
     attention: Literal["auto", "sdpa", "plain", "xformers"] = "auto"
     """unet: what computes attention: torch's fused kernel, plain products, or xformers (extra
-    `xformers`, on a GPU). auto is sdpa, but on a CPU in bf16 plain, which is twice as fast there."""
+    `xformers`, on a GPU). auto is sdpa, but plain on a CPU in bf16, where it is faster."""
     mlp_width: int = 64
     """mlp: width of the layers."""
     mlp_depth: int = 3
