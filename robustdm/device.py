@@ -36,8 +36,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the host memory it frees, for the next tensor of that size.
 
     The C library gives large blocks back to the system at once and asks for them anew, page by
-    page: a tenth to a fifth of a training step on a CPU. Does nothing where that library is not
-    glibc.
+    page: measured, between nothing and a tenth of a training step on a CPU. Does nothing where that
+    library is not glibc.
     """
     trim_threshold, mmap_threshold = -1, -3
     if not sys.platform.startswith("linux"):
