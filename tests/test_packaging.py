@@ -79,7 +79,7 @@ LAYERS = {
     "step": ("errors", "dropout", "network", "objectives", "resident"),
     "sampling": ("errors", "random", "schedule", "network"),
     "inference": ("errors", "network", "models", "training.compilation"),
-    "metrics": ("random",),
+    "metrics": ("errors", "random"),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
              "data"),
     "dropout": (),

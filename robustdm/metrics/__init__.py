@@ -1,8 +1,20 @@
-"""Measures of samples against the clean law."""
+"""Measures of samples against the clean law: features or points in, numbers out."""
 
-from robustdm.metrics.basic import noise_level, psnr, sliced_wasserstein, spread, subspace_error
-from robustdm.metrics.frechet import frechet_distance
+from robustdm.metrics.basic import (
+    deviation_ratios,
+    noise_level,
+    psnr,
+    sliced_wasserstein,
+    spread,
+    subspace_error,
+)
+from robustdm.metrics.frechet import FeatureStatistics, frechet_distance
+from robustdm.metrics.inception import inception_score
+from robustdm.metrics.kernel import Estimate, kernel_distance
+from robustdm.metrics.neighbours import Manifold, manifold, nearest
 
 __all__ = [
-    "frechet_distance", "noise_level", "psnr", "sliced_wasserstein", "spread", "subspace_error",
+    "Estimate", "FeatureStatistics", "Manifold", "deviation_ratios", "frechet_distance",
+    "inception_score", "kernel_distance", "manifold", "nearest", "noise_level", "psnr",
+    "sliced_wasserstein", "spread", "subspace_error",
 ]

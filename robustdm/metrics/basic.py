@@ -56,6 +56,32 @@ def spread(samples: Tensor) -> float:
     return samples.flatten(1).double().std(dim=0, correction=0).mean().item()
 
 
+def deviation_ratios(samples: Tensor, reference: Tensor) -> Tensor:
+    """Standard deviation of samples over that of a reference, along the reference's principal axes.
+
+    Below 1 the samples vary less than they should; noise shows in the last axes, shrinkage in the
+    first.
+
+    Args:
+        samples, reference: (N, ...) and (M, ...) with the same trailing shape of D elements.
+
+    Returns:
+        (K,) float64 in falling order of the reference's deviation; axes in which the reference
+        does not vary (below 1e-6 of the first) are left out.
+
+    Raises:
+        ValueError: if a set has fewer than two points or the trailing shapes differ.
+    """
+    a, b = samples.flatten(1).double(), reference.flatten(1).double().to(samples.device)
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"sets of shape {tuple(a.shape)} and {tuple(b.shape)} do not compare")
+    variances, axes = torch.linalg.eigh(torch.cov(b.T).reshape(b.shape[1], -1))
+    variances, axes = variances.flip(0), axes.flip(1)
+    kept = variances > variances[0] * 1e-12
+    projected = (a @ axes[:, kept]).std(dim=0, correction=0)
+    return projected / variances[kept].sqrt()
+
+
 def subspace_error(samples: Tensor, mean: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Split samples into the part in an affine subspace and the distance from it.
 

@@ -1,0 +1,70 @@
+"""The kernel distance between two sets of features (KID, where the features are Inception's)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error."""
+
+    value: float
+    error: float
+
+
+def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
+    """Unbiased squared maximum mean discrepancy under the kernel (<x, y> / D + 1)^3.
+
+    Over all pairs, in float64, block by block; memory does not grow with the sets. The usual mean
+    over random subsets of 1,000 estimates the same number with more noise. Being unbiased it can be
+    negative, and sets of different size compare.
+
+    Args:
+        a, b: (N, ...) and (M, ...) features with the same trailing shape, at least three each.
+        block: features per block.
+
+    Returns:
+        The distance and its standard error over both sets (jackknife).
+
+    Raises:
+        ValueError: if a set is too small or the trailing shapes differ.
+
+    Source: Binkowski et al. 2018; Gretton et al. 2012, Eq. 3.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    n, m = len(a), len(b)
+    if min(n, m) < 3 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"sets of shape {tuple(a.shape)} and {tuple(b.shape)} do not compare")
+    within_a, within_b = _row_sums(a, a, block, True), _row_sums(b, b, block, True)
+    across_a, across_b = _row_sums(a, b, block, False), _row_sums(b, a, block, False)
+    sum_a, sum_b, sum_ab = within_a.sum(), within_b.sum(), across_a.sum()
+    mean_a, mean_b = sum_a / (n * (n - 1)), sum_b / (m * (m - 1))
+    value = mean_a + mean_b - 2 * sum_ab / (n * m)
+    # The distance without each feature of one set in turn.
+    left_a = ((sum_a - 2 * within_a) / ((n - 1) * (n - 2)) + mean_b
+              - 2 * (sum_ab - across_a) / ((n - 1) * m))
+    left_b = ((sum_b - 2 * within_b) / ((m - 1) * (m - 2)) + mean_a
+              - 2 * (sum_ab - across_b) / (n * (m - 1)))
+    variance = sum((k - 1) / k * (left - left.mean()).square().sum()
+                   for k, left in ((n, left_a), (m, left_b)))
+    return Estimate(value.item(), variance.sqrt().item())
+
+
+def _row_sums(a: Tensor, b: Tensor, block: int, same: bool) -> Tensor:
+    """(N,) sums over b of the kernel; if both are the same set, without a feature's own."""
+    sums = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for i, rows in enumerate(a.split(block)):
+        rows = rows.double()
+        part = sums[i * block : i * block + len(rows)]
+        for columns in b.split(block):
+            part += _kernel(rows @ columns.to(rows).T, a.shape[1]).sum(1)
+        if same:
+            part -= _kernel(rows.square().sum(1), a.shape[1])
+    return sums
+
+
+def _kernel(products: Tensor, dims: int) -> Tensor:
+    return (products / dims + 1) ** 3
