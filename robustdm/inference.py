@@ -30,6 +30,7 @@ def fast_network(
     compile: bool = False,
     cuda_graph: bool | None = None,
     device: torch.device | str | None = None,
+    differentiable: bool = False,
 ) -> FastNetwork:
     """A copy of a network that predicts the same, faster; the model itself stays as it is.
 
@@ -44,9 +45,12 @@ def fast_network(
         cuda_graph: replay each call as one CUDA graph; by default where ``device`` is a GPU. The
             network must not wait for the GPU or draw random numbers.
         device: where to compute; by default where the model's parameters are.
+        differentiable: let gradients flow to x where the caller's grad mode asks for them, as
+            attacks need it (never to the weights). Without CUDA graphs.
 
     Returns:
-        network(x, t) -> prediction, float32 and shaped like x, without gradient. Its ``off`` says
+        network(x, t) -> prediction, float32 and shaped like x, without gradient unless
+        ``differentiable``. Its ``off`` says
         what could not be had.
 
     Raises:
@@ -63,6 +67,9 @@ def fast_network(
     if cuda_graph and not on_gpu:
         raise UsageError(f"cuda_graph is True, but device is {str(device)!r}: leave it out, or "
                          "use a CUDA device")
+    if cuda_graph and differentiable:
+        raise UsageError("cuda_graph is True, but differentiable too: a graph holds no gradient, "
+                         "leave one of them out")
     network = copy.deepcopy(model).to(device).eval().requires_grad_(False)
     off = {}
     # Measured: torch's own layers in their own layout are up to a third faster there.
@@ -84,8 +91,9 @@ def fast_network(
     for p in network.parameters():
         if p.is_floating_point():
             p.data = p.data.to(_DTYPES[precision])
-    graph = on_gpu if cuda_graph is None else cuda_graph
-    return FastNetwork(network, device, _DTYPES[precision], not as_it_is, compile, graph, off)
+    graph = on_gpu and not differentiable if cuda_graph is None else cuda_graph
+    return FastNetwork(network, device, _DTYPES[precision], not as_it_is, compile, graph, off,
+                       differentiable)
 
 
 class FastNetwork(nn.Module):
@@ -98,7 +106,7 @@ class FastNetwork(nn.Module):
 
     def __init__(
         self, network: nn.Module, device: torch.device, dtype: torch.dtype, channels_last: bool,
-        compile: bool, cuda_graph: bool, off: dict[str, str],
+        compile: bool, cuda_graph: bool, off: dict[str, str], differentiable: bool = False,
     ):
         super().__init__()
         self.network = network
@@ -106,21 +114,22 @@ class FastNetwork(nn.Module):
         self.off = off
         self._dtype, self._channels_last = dtype, channels_last
         self._compile, self._graph = compile, cuda_graph
+        self._differentiable = differentiable
         self._calls: dict[tuple[int, ...], _FixedSize] = {}
         self.training = False
 
-    @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise of ``x`` (B, ...) at timesteps ``t`` (B,), int64; returns (B, ...).
 
         A batch larger than any before is prepared for first.
         """
-        if not self._fixed:
-            return self._predict(x, t)
-        shape = tuple(x.shape[1:])
-        if shape not in self._calls or len(x) > len(self._calls[shape].x):
-            self.prepare(len(x), shape)
-        return self._calls[shape](x, t)
+        with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
+            if not self._fixed:
+                return self._predict(x, t)
+            shape = tuple(x.shape[1:])
+            if shape not in self._calls or len(x) > len(self._calls[shape].x):
+                self.prepare(len(x), shape)
+            return self._calls[shape](x, t)
 
     @torch.no_grad()
     def prepare(self, batch_size: int, shape: tuple[int, ...]) -> None:
@@ -137,6 +146,10 @@ class FastNetwork(nn.Module):
             # Past its limit dynamo would run eagerly without a word.
             with dynamo.patch(fail_on_recompile_limit_hit=True):
                 reason = compile_network(self.network, call.run)
+                if reason is None and self._differentiable:
+                    with torch.enable_grad():
+                        x = call.x.clone().requires_grad_()
+                        call(x, call.t).float().sum().backward()
             if reason is not None:
                 self._compile = False
                 self.off["compile"] = reason
@@ -195,6 +208,9 @@ class _FixedSize:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         count = len(x)
+        if x.requires_grad and torch.is_grad_enabled():  # the buffers cannot carry its gradient
+            x = torch.cat([x.to(self.x), self.x[count:]])
+            return self._predict(x, torch.cat([t.to(self.t), self.t[count:]]))[:count]
         self.x[:count].copy_(x)
         self.t[:count].copy_(t)
         if self._graph is None:

@@ -53,6 +53,9 @@ class Stream(IntEnum):
     SAMPLER_STEP = 10  # key (seed, timestep), per element of the generated samples: z
     DROPOUT_MASK = 11  # + 256 * layer; per 8 channels of an activation: 16 bits -> kept or dropped
     DELTA = 12  # per four elements of a training step: each word -> one of delta_ran
+    # + 256 * n, key (seed, timestep), per element of the generated samples: n = 0 is the attack's
+    # start (words 0, 1) and random sign (word 2), n > 0 the n-th noise of an expectation.
+    ATTACK = 13
 
 
 def check_word(name: str, value: int) -> int:

@@ -194,6 +194,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     noise: NoiseSource | None = None,
+    attack: Callable[[Callable, Respaced, int, range, Tensor, Tensor | None], Tensor] | None = None,
     trajectory: Callable[[int, range, Tensor], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -216,6 +217,9 @@ def sample(
         device: where to compute; by default where the model's parameters are.
         dtype: of the state.
         noise: replaces ``stream_noise``.
+        attack: called before every step as attack(model, chain, k, samples, x, z), where z is the
+            noise of the step (None if there is none); returns the state to go on from. See
+            ``attacks.TrajectoryAttack``.
         trajectory: called as trajectory(timestep, samples, x) with the state before every step, and
             at the end with timestep -1; ``samples`` is the range of sample numbers.
         progress: called after every step as progress(done, total), in sample-steps.
@@ -248,11 +252,13 @@ def sample(
             for k, timestep in enumerate(visited):
                 if trajectory is not None:
                     trajectory(timestep, numbers, x)
-                t = torch.full((count,), timestep, device=device)
-                eps = predict_noise(model, x, t).to(dtype)
                 z = None
                 if needs_noise and k < len(chain) - 1:
                     z = noise(timestep, numbers).to(device, dtype)
+                if attack is not None:
+                    x = attack(model, chain, k, numbers, x, z)
+                t = torch.full((count,), timestep, device=device)
+                eps = predict_noise(model, x, t).to(dtype)
                 if sampler == "ddpm":
                     x = chain.ddpm_step(k, x, eps, z, variance, clip)
                 else:

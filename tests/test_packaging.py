@@ -78,6 +78,7 @@ LAYERS = {
                    "reference", "resident", "ops"),
     "step": ("errors", "dropout", "network", "objectives", "resident"),
     "sampling": ("errors", "random", "schedule", "network"),
+    "attacks": ("errors", "network", "random", "sampling"),
     "inference": ("errors", "network", "models", "training.compilation"),
     "metrics": ("errors", "random"),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
