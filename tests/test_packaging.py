@@ -52,7 +52,7 @@ def test_the_package_itself_is_lazy():
     assert out.split() == ["False", "True", "True"]
 
 
-@pytest.mark.parametrize("entry", ["train", "sample", "report", "reproduce"])
+@pytest.mark.parametrize("entry", ["train", "sample", "report", "reproduce", "plan"])
 def test_help_needs_no_torch(entry):
     out = python(
         "import sys\n"
@@ -79,6 +79,7 @@ LAYERS = {
     "step": ("errors", "dropout", "network", "objectives", "resident"),
     "sampling": ("errors", "random", "schedule", "network"),
     "attacks": ("errors", "network", "random", "sampling"),
+    "planner": ("errors", "perturbation", "sampling", "schedule"),
     "inference": ("errors", "network", "models", "training.compilation"),
     "metrics": ("errors", "random"),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
@@ -86,7 +87,7 @@ LAYERS = {
     "dropout": (),
     "models": ("errors", "models", "ops", "dropout", "training.config"),
 }
-ENTRY_POINTS = ("train", "sample", "reproduce")
+ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise")
 
 
 def imports_of(path):

@@ -11,7 +11,7 @@ from robustdm.data.subspace import principal_components
 from robustdm.metrics import sliced_wasserstein, spread, subspace_error
 
 # Pixels of the clean set below this standard deviation show nothing but noise.
-_CONSTANT_SD = 0.04
+CONSTANT_SD = 0.04
 _PCA_RANK = 20
 
 
@@ -41,7 +41,7 @@ class DigitsData(TensorData):
         clean = self.all_clean()
         flat, truth = samples.flatten(1).double(), clean.flatten(1).double()
         mean, _, basis = principal_components(truth, _PCA_RANK)
-        constant = truth.std(dim=0) < _CONSTANT_SD
+        constant = truth.std(dim=0) < CONSTANT_SD
         _, distance = subspace_error(samples, mean, basis)
         return {
             "noise_rms": (flat - mean)[:, constant].square().mean().sqrt().item(),
