@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,6 +91,7 @@ def generate(config: SampleConfig) -> Path:
     from robustdm.inference import fast_network
     from robustdm.sampling import check_settings, sample
     from robustdm.training.loop import is_out_of_memory
+    from robustdm.training.progress import sampling_progress
     from robustdm.training.run import load_run
     from robustdm.training.trainer import resolve_device
 
@@ -110,7 +109,7 @@ def generate(config: SampleConfig) -> Path:
     try:
         _prepare(network, config, run.shape)
         started = time.monotonic()
-        with _progress(config.num) as progress:
+        with sampling_progress(config.num) as progress:
             samples = sample(network, run.schedule, run.shape, **settings, clip=clip,
                              seed=config.seed, device=device, progress=progress)
     except RuntimeError as error:
@@ -200,33 +199,6 @@ def _write(out: Path, samples, is_image: bool, record: dict) -> None:
     if is_image:
         images.save_images(out, samples)
         images.save_grid(out / "grid.png", samples[:GRID_SAMPLES])
-
-
-@contextlib.contextmanager
-def _progress(num: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a plain line now and then elsewhere; yields the sampler's callback."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    from robustdm.training.progress import PLAIN_INTERVAL, duration
-
-    live = sys.stdout.isatty()
-    started = shown = time.monotonic()
-    bar = Progress(BarColumn(), TextColumn("{task.description}", markup=False), disable=not live)
-    task = bar.add_task("", total=1)
-
-    def report(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        seconds = max(now - started, 1e-9)
-        text = (f"{done * num // total}/{num} samples | {done / total * num / seconds:.3g} img/s | "
-                f"{duration(seconds * (total - done) / done)} left")
-        bar.update(task, completed=done / total, description=text)
-        if not live and now - shown >= PLAIN_INTERVAL:
-            print(text, flush=True)
-            shown = now
-
-    with bar:
-        yield report
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def test_the_package_itself_is_lazy():
     assert out.split() == ["False", "True", "True"]
 
 
-@pytest.mark.parametrize("entry", ["train", "sample", "report", "reproduce", "plan"])
+@pytest.mark.parametrize("entry", [
+    "train", "sample", "report", "reproduce", "plan", "attack", "evaluate", "memorise",
+])
 def test_help_needs_no_torch(entry):
     out = python(
         "import sys\n"

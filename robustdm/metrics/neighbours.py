@@ -76,7 +76,7 @@ def nearest(queries: Tensor, targets: Tensor, block: int = 4096,
     Args:
         queries, targets: (N, ...) and (M, ...) features with the same trailing shape.
         block: features per block: memory is block^2, whatever N and M.
-        exclude_self: both are the same set, and a feature is not its own neighbour.
+        exclude_self: query i is target i, which is not its own neighbour.
 
     Returns:
         (N,) cosine similarities and (N,) int64 indices of the targets.

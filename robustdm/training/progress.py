@@ -3,12 +3,13 @@
 While a ``Progress`` is open it owns the screen: everything else is printed with ``message``.
 """
 
+import contextlib
 import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Literal
 
 WINDOW = 50
@@ -166,3 +167,39 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // part:02d} {smaller}"
     return f"{whole} s"
+
+
+@contextlib.contextmanager
+def sampling_progress(num: int, what: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Progress of making samples: a bar on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        num: samples to make.
+        what: said first, where several sets are made.
+
+    Yields:
+        report(done, total), in sample-steps.
+    """
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    live = sys.stdout.isatty()
+    started = shown = time.monotonic()
+    bar = Bars(BarColumn(), TextColumn("{task.description}", markup=False), disable=not live)
+    task = bar.add_task("", total=1)
+    prefix = f"{what}: " if what else ""
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        seconds = max(now - started, 1e-9)
+        text = (f"{prefix}{done * num // total}/{num} samples | "
+                f"{done / total * num / seconds:.3g} img/s | "
+                f"{duration(seconds * (total - done) / done)} left")
+        bar.update(task, completed=done / total, description=text)
+        if not live and now - shown >= PLAIN_INTERVAL:
+            print(text, flush=True)
+            shown = now
+
+    with bar:
+        yield report

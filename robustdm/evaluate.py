@@ -1,0 +1,299 @@
+"""Entry point: `python -m robustdm.evaluate` measures samples against clean data."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from robustdm.cli import guard
+from robustdm.errors import UsageError
+
+GRID_SAMPLES = 64
+NEIGHBOUR_ROWS = 8
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure, against what, and how."""
+
+    run: Path | None = None
+    """Run directory of `python -m robustdm.train`: samples are made. One of run, samples and
+    pipeline."""
+    samples: Path | None = None
+    """Samples that are there: a folder, zip, .npy or .npz."""
+    pipeline: str | None = None
+    """A diffusers DDPMPipeline, as a folder or a name on the Hub: samples are made."""
+    reference: Path | None = None
+    """Clean data to compare with: a folder, zip, .npy, .npz, CIFAR-10, or an .npz of Frechet
+    statistics (mu, sigma); the run's own clean training data if not given."""
+    metrics: tuple[str, ...] = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation",
+                                "inception_score")
+    """What to measure; manifold is precision, recall, density and coverage."""
+    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
+                      "dinov2"] = "auto"
+    """Feature space: auto is the digits' classifier for 8x8 grey images, else pixels."""
+    weights: Path | None = None
+    """Weights of the feature extractor (resnet20, resnet56, inception)."""
+    quantise: bool | None = None
+    """Round samples to 8 bits before the features; by default all but pixels and digits do."""
+    save_reference: Path | None = None
+    """Write the reference's Frechet statistics to this .npz, in EDM's form."""
+    num: int = 1000
+    """Samples to make, and with --samples the most to read."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm is ancestral sampling."""
+    steps: int | None = None
+    """Timesteps to visit; all if not given."""
+    spacing: Literal["linspace", "leading", "trailing", "truncate"] = "linspace"
+    """Which timesteps; truncate puts pure noise in the middle of the chain."""
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    """ddpm: noise of a step."""
+    eta: float = 0.0
+    """ddim: noise of a step."""
+    ema: float | None = None
+    """Decay rate of the averaged weights to use; the first of the run's if not given."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to use; the newest sound one if not given."""
+    batch_size: int = 64
+    """Samples made at once."""
+    seed: int = 0
+    """Sample k of a seed is the same whatever --num and --batch-size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the sampling network."""
+    compile: bool = False
+    """Compile the sampling network."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Folder for evaluation.json and evaluation.html; RUN/evaluation, or runs/evaluation."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, evaluate, write.
+
+    Raises:
+        UsageError: for a wrong flag, source or reference.
+        RunError: if sampling fails or weights are out of reach.
+    """
+    import tyro
+
+    evaluate(tyro.cli(
+        EvaluateConfig, args=argv, prog="python -m robustdm.evaluate",
+        description="Measure samples against clean data.",
+    ))
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Make or read samples, measure them, print a table and write a record and a page.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        UsageError: for a wrong source, reference or setting.
+        RunError: if sampling fails or weights are out of reach.
+    """
+    import torch
+
+    from robustdm import evaluation
+    from robustdm.data.read import read_images
+    from robustdm.features import cache_directory, load_extractor
+    from robustdm.metrics import FeatureStatistics
+    from robustdm.training.progress import sampling_progress
+    from robustdm.training.rundir import provenance
+    from robustdm.training.trainer import resolve_device
+
+    given = [n for n in ("run", "samples", "pipeline") if getattr(config, n) is not None]
+    if len(given) != 1:
+        raise UsageError(f"give one of --run, --samples and --pipeline, not {len(given)}")
+    if config.num < 2:
+        raise UsageError(f"num is {config.num}: it takes at least 2 samples")
+    device = resolve_device(config.device)
+    generator = samples = None
+    if config.run is not None:
+        generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
+    elif config.pipeline is not None:
+        generator = evaluation.open_pipeline(config.pipeline, device)
+    else:
+        samples = read_images(config.samples, "samples")[: config.num]
+    shape = tuple(samples.shape[1:]) if generator is None else generator.shape
+    extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
+    cache = cache_directory()
+
+    # The reference first: it is quick to find wrong.
+    clean = reference = None
+    if config.reference is None:
+        if generator is None or generator.data is None:
+            raise UsageError("reference is not given: only a run knows its own clean data; name a "
+                             "folder, zip, .npy or .npz")
+        clean = generator.data.clean(torch.arange(len(generator.data)))
+        where = "the run's clean training data"
+    else:
+        where = str(config.reference)
+        reference = _statistics(config.reference)
+        if reference is None:
+            clean = read_images(config.reference, "reference")
+    if clean is not None:
+        if tuple(clean.shape[1:]) != shape:
+            raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
+                             "bring it to their resolution and channels first")
+        reference = evaluation.features_of(extractor, clean, cache).features
+    if config.save_reference is not None:
+        (reference if isinstance(reference, FeatureStatistics)
+         else FeatureStatistics.of(reference)).save(config.save_reference)
+
+    if generator is not None:
+        name = generator.name
+        with sampling_progress(config.num) as progress:
+            features, samples = evaluation.extract(extractor, evaluation.generate(
+                generator, config.num, batch_size=config.batch_size, seed=config.seed,
+                precision=config.precision, compile=config.compile, device=device,
+                progress=progress, sampler=config.sampler, steps=config.steps,
+                spacing=config.spacing, variance=config.variance, eta=config.eta))
+    else:
+        name = str(config.samples)
+        features = evaluation.features_of(extractor, samples, cache)
+    results = evaluation.measure(features, reference, config.metrics)
+    own = {}
+    if generator is not None and generator.data is not None:
+        data = generator.data
+        everything = torch.arange(len(data))
+        own = {"samples": data.measure(samples), "training data": data.measure(
+            data.batch(everything)), "clean data": data.measure(data.clean(everything))}
+    record = {
+        "name": name, "reference": where, "features": extractor.identity, "results": results,
+        "measures": own, "provenance": provenance(),
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+    }
+    rows = table_rows(results, extractor)
+    from robustdm.tables import text_table
+
+    print(f"{len(samples)} samples of {name} against {where}, features {extractor.name}")
+    print(text_table(rows))
+    if own:
+        print(text_table({k: {place: own[place].get(k) for place in own} for k in own["samples"]}))
+    out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
+    _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
+    print(f"page: {out / 'evaluation.html'}")
+    return record
+
+
+def table_rows(results: dict, extractor) -> dict[str, dict]:
+    """The results as rows of a table."""
+    from robustdm.evaluation import label
+
+    rows = {}
+    for metric, r in results.items():
+        row = {"value": float(r["value"]), "samples": r["samples"]}
+        if "error" in r:
+            row["standard error"] = float(r["error"])
+        if "parts" in r:
+            row[f"{r['parts']} parts"] = f"{r['part_mean']:.3g} ±{r['part_sd']:.2g}"
+        rows[label(metric, extractor)] = row
+    return rows
+
+
+def _statistics(path: Path):
+    """Frechet statistics if the file holds them, else None."""
+    import numpy as np
+
+    from robustdm.metrics import FeatureStatistics
+
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            known = "mu" in file and "sigma" in file
+    except Exception:  # read_images says what is wrong
+        return None
+    return FeatureStatistics.load(path) if known else None
+
+
+def _page(record, rows, samples, clean, features, reference, extractor) -> str:
+    import torch
+
+    from robustdm import plots, webpage
+    from robustdm.evaluation import MEANINGS, label
+    from robustdm.images import grid, to_pil
+    from robustdm.metrics import nearest
+
+    def sheet(images, caption, columns=None):
+        buffer = io.BytesIO()
+        to_pil(grid(images, columns)).save(buffer, format="png")
+        return webpage.picture(buffer.getvalue(), caption)
+
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    body = [
+        f"<header><h1>{webpage.escape(record['name'])}</h1></header>",
+        webpage.section("Metrics", webpage.soft(
+            f"Against {record['reference']}; features {extractor.name} "
+            f"({extractor.digest[:12]}), images {'' if extractor.quantise else 'not '}rounded to 8 "
+            "bits. Parts are disjoint and smaller: their Frechet distance is larger."),
+            webpage.table([[name, *(_text(row.get(c)) for c in columns)]
+                           for name, row in rows.items()], ["metric", *columns], numbers=True),
+            *(webpage.soft(f"{label(m, extractor)}: {text}.") for m, text in MEANINGS.items()
+              if label(m, extractor) in rows)),
+    ]
+    if record["measures"]:
+        places = list(record["measures"])
+        body.append(webpage.section("Where the clean law is known", webpage.table(
+            [[k, *(_text(record["measures"][p].get(k)) for p in places)]
+             for k in record["measures"]["samples"]], ["measure", *places], numbers=True)))
+    known = clean is not None
+    if samples.ndim == 4:
+        cards = sheet(samples[:GRID_SAMPLES], "samples")
+        if known:
+            cards += sheet(clean[:GRID_SAMPLES], "clean data")
+        body.append(webpage.section("Samples", f'<div class="cards">{cards}</div>'))
+        if known:
+            similarity, index = nearest(features.features[:NEIGHBOUR_ROWS * 2], reference)
+            pairs = torch.stack([samples[:len(index)], clean[index]], 1).flatten(0, 1)
+            body.append(webpage.section("Nearest clean images", webpage.soft(
+                "Samples, each followed by the most similar clean image (cosine similarity of the "
+                f"features, {similarity.mean():.2f} on average)."), sheet(pairs, "pairs", 8)))
+    elif known:
+        made = plots.point_scatter({"samples": samples.numpy(), "clean data": clean.numpy()},
+                                   plots.point_view(clean.numpy()))
+        body.append(webpage.section("Samples", webpage.picture(plots.png_bytes(made), "points")))
+    if known:
+        made, axes = plots.figure(1, 1, size=(5.0, 3.2))
+        for colour, (name, x) in zip(plots.COLOURS, (("samples", features.features),
+                                                    ("clean data", reference)), strict=False):
+            axes[0, 0].plot(_spectrum(x), color=colour, label=name)
+        axes[0, 0].set(xlabel="principal axis", ylabel="standard deviation", yscale="log",
+                       title="spread of the features along their own principal axes")
+        axes[0, 0].legend(fontsize=7)
+        body.append(webpage.section("Spread", webpage.picture(plots.png_bytes(made))))
+    made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
+    body.append(webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"))
+    return webpage.document(f"Evaluation of {record['name']}", body)
+
+
+def _spectrum(x):
+    import torch
+
+    values = torch.linalg.eigvalsh(torch.cov(x.double().T).reshape(x.shape[1], -1))
+    return values.clamp(min=1e-12).sqrt().flip(0).numpy()
+
+
+def _text(value) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(out: Path, record: dict, page: str) -> None:
+    from robustdm.training.rundir import write_text
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
+    write_text(out / "evaluation.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "evaluation.html", page)
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,277 @@
+"""Samples, made or read, and what is measured on them: shared by evaluate, attack and memorise."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from robustdm.data import load_data
+from robustdm.data.base import Data, sha256_of
+from robustdm.errors import RunError, UsageError
+from robustdm.features import Extractor, Features
+from robustdm.inference import fast_network
+from robustdm.metrics import (
+    FeatureStatistics,
+    deviation_ratios,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    manifold,
+    sliced_wasserstein,
+)
+from robustdm.sampling import check_settings, sample
+from robustdm.schedule import NoiseSchedule
+
+METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "inception_score")
+SPLITS = 5
+# Metrics that hold a matrix over pairs are measured on this many features at most.
+_MAX_REFERENCE = 50_000
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A trained network and what is needed to draw from it.
+
+    Attributes:
+        name: where it came from.
+        model: predicts noise; in eval mode.
+        schedule: its noise schedule.
+        shape: of one sample.
+        is_image: whether samples are images in [-1, 1].
+        clip: whether predicted images are clipped while sampling.
+        data: the run's training set, None for a pipeline.
+        seed: of its training, None if unknown.
+    """
+
+    name: str
+    model: nn.Module
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    is_image: bool
+    clip: bool
+    data: Data | None
+    seed: int | None
+
+
+def open_run(directory: Path, device: torch.device | str, ema: float | None = None,
+             checkpoint: int | None = None) -> Generator:
+    """The generator of a run of `robustdm.train`; raises like ``load_run`` and ``load_data``."""
+    from robustdm.training.run import load_run
+
+    run = load_run(directory, ema, device, checkpoint)
+    return Generator(str(directory), run.model, run.schedule, run.shape, run.is_image,
+                     run.config.clip_samples and run.is_image, load_data(run.config),
+                     run.config.seed)
+
+
+def open_pipeline(name: str, device: torch.device | str) -> Generator:
+    """The generator of a diffusers DDPM pipeline, a folder or a name on the Hub.
+
+    Raises:
+        UsageError: if there is none, or its network does not predict noise of square images.
+    """
+    from diffusers import DDPMPipeline
+
+    try:
+        pipeline = DDPMPipeline.from_pretrained(name)
+    except Exception as error:  # a missing folder, no network, a broken file, ...
+        text = " ".join(str(error).split())[:160]
+        raise UsageError(f"pipeline is {name!r}: it cannot be loaded ({text})") from None
+    unet = pipeline.unet.to(device).eval().requires_grad_(False)
+    side = unet.config.sample_size
+    if not isinstance(side, int):
+        raise UsageError(f"pipeline is {name!r}: its images are {side}, only square ones work")
+    clip = bool(pipeline.scheduler.config.get("clip_sample", False))
+    return Generator(name, unet, NoiseSchedule.from_diffusers(pipeline.scheduler),
+                     (unet.config.in_channels, side, side), True, clip, None, None)
+
+
+def generate(
+    generator: Generator, num: int, *, batch_size: int = 64, seed: int = 0,
+    precision: str = "fp32", compile: bool = False, attack=None,
+    progress: Callable[[int, int], None] | None = None, device: torch.device | str = "cpu",
+    **settings,
+) -> Iterator[Tensor]:
+    """Batches of samples (B, *shape), on the CPU, as they are made.
+
+    Args:
+        settings: sampler, steps, spacing, variance and eta of ``sampling.sample``.
+        attack: an attack on the trajectory; the network is then differentiable.
+
+    Raises:
+        UsageError: for a setting out of range.
+        RunError: if samples are not finite.
+    """
+    defaults = dict(sampler="ddpm", steps=None, spacing="linspace", variance="fixed_large", eta=0.0)
+    settings = defaults | settings
+    check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)
+    network = fast_network(generator.model, precision=precision, compile=compile, device=device,
+                           differentiable=attack is not None)
+    steps = settings["steps"] or len(generator.schedule)
+    for first in range(0, num, batch_size):
+        count = min(batch_size, num - first)
+
+        def report(done: int, _: int, first: int = first) -> None:
+            progress(first * steps + done, num * steps)
+
+        made = sample(network, generator.schedule, generator.shape, num=count, first_index=first,
+                      batch_size=batch_size, seed=seed, clip=generator.clip, device=device,
+                      attack=attack, progress=report if progress else None, **settings)
+        if not bool(torch.isfinite(made).all()):
+            raise RunError(f"samples of {generator.name} are not finite numbers: the run has "
+                           "diverged, use an earlier --checkpoint")
+        yield made
+
+
+def extract(extractor: Extractor, batches: Iterator[Tensor]) -> tuple[Features, Tensor]:
+    """Features of a stream of samples, and the samples; a batch's features are computed while the
+    next batch is made.
+
+    Raises:
+        UsageError: if the extractor does not take such samples.
+    """
+    kept, futures = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batches:
+            kept.append(batch)
+            futures.append(pool.submit(extractor, batch))
+            if len(futures) > 1:
+                futures[-2].result()  # an error stops the sampling
+        parts = [future.result() for future in futures]
+    logits = None if parts[0].logits is None else torch.cat([p.logits.cpu() for p in parts])
+    return Features(torch.cat([p.features.cpu() for p in parts]), logits), torch.cat(kept)
+
+
+def features_of(extractor: Extractor, images: Tensor, cache: Path | None = None,
+                batch_size: int = 250) -> Features:
+    """Features of a set of images, from the cache if the very same were computed before.
+
+    Args:
+        cache: folder of kept features; a file's name is a hash of the images and the extractor, so
+            another setting can never find it. None keeps nothing.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = None
+    if cache is not None:
+        key = json.dumps([sha256_of(images), list(images.shape), extractor.identity])
+        path = cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        with contextlib.suppress(Exception):  # missing or damaged: compute
+            kept = load_file(path)
+            return Features(kept["features"], kept.get("logits"))
+    made, _ = extract(extractor, iter(images.split(batch_size)))
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in made._asdict().items() if v is not None}, path)
+    return made
+
+
+def measure(
+    features: Features, reference: Tensor | FeatureStatistics, metrics: tuple[str, ...] = METRICS,
+    splits: int = SPLITS,
+) -> dict[str, dict]:
+    """Metrics of samples against a reference, with their spread over parts of the samples.
+
+    Args:
+        features: of the samples.
+        reference: features (M, D) of the clean data, or their statistics (Frechet only).
+        metrics: of METRICS; those that cannot be had (no logits, statistics alone) are left out.
+        splits: disjoint parts of the samples. Frechet and kernel distances of parts are measured
+            against the whole reference; a Frechet distance of fewer samples is larger.
+
+    Returns:
+        metric -> {"value": over all samples, "samples": N, "parts": their number, "part_mean",
+        "part_sd"}, and "error" for the kernel distance: its standard error.
+
+    Raises:
+        UsageError: for an unknown metric, or fewer samples than a Frechet distance takes.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f"metrics has {name!r}: choose of {', '.join(METRICS)}")
+    count, dims = features.features.shape
+    known = isinstance(reference, FeatureStatistics)
+    if "frechet" in metrics:
+        for what, number in (("samples", count), ("reference images",
+                             reference.count if known else len(reference))):
+            if number is not None and number <= dims:
+                raise UsageError(
+                    f"{number} {what} are too few for a Frechet distance of {dims} features: take "
+                    f"more than {dims}, or leave frechet out of --metrics")
+        dims_there = len(reference.mean) if known else reference.shape[1]
+        if dims_there != dims:
+            raise UsageError(f"reference has {dims_there} features and the samples {dims}: it was "
+                             "made by another extractor or of images of another size")
+    statistics = reference if known else FeatureStatistics.of(reference)
+    points = None if known else reference[:_MAX_REFERENCE]
+
+    def values(part: Features) -> dict[str, float]:
+        x, made = part.features, {}
+        if "frechet" in metrics and len(x) > dims:
+            made["frechet"] = frechet_distance(x, statistics)
+        if "inception_score" in metrics and part.logits is not None:
+            made["inception_score"] = inception_score(part.logits, min(10, len(x))).value
+        if points is None:
+            return made
+        if "kernel" in metrics:
+            made["kernel"] = kernel_distance(x, points).value
+        if "manifold" in metrics:
+            made |= manifold(x, points)._asdict()
+        if "sliced_wasserstein" in metrics:
+            made["sliced_wasserstein"] = sliced_wasserstein(x, points)
+        if "deviation" in metrics:
+            ratios = deviation_ratios(x, points)
+            made["deviation"] = ratios[: max(1, len(ratios) // 4)].mean().item()
+        return made
+
+    whole = values(features)
+    size = count // splits
+    parts = [
+        values(Features(features.features[i * size:(i + 1) * size],
+                        None if features.logits is None else
+                        features.logits[i * size:(i + 1) * size]))
+        for i in range(splits)
+    ] if size > 10 else []
+    results = {}
+    for name, value in whole.items():
+        results[name] = {"value": value, "samples": count}
+        known_parts = torch.tensor([p[name] for p in parts if name in p], dtype=torch.float64)
+        if len(known_parts) > 1:
+            results[name] |= {"parts": len(known_parts), "part_mean": known_parts.mean().item(),
+                              "part_sd": known_parts.std().item()}
+    if "kernel" in results:
+        results["kernel"]["error"] = kernel_distance(features.features, points).error
+    return results
+
+
+MEANINGS = {
+    "frechet": "Frechet distance of the features to the reference's; lower is better, falls with "
+               "the number of samples. FID only if the features are Inception's",
+    "kernel": "kernel distance (KID if Inception's), unbiased: 0 is the same law",
+    "precision": "share of samples that lie among the reference; shrinkage raises it",
+    "recall": "share of the reference that lies among the samples; the spread measure to read "
+              "beside every distance",
+    "density": "reference balls around a sample; 1 is the same law",
+    "coverage": "share of the reference with a sample near by",
+    "sliced_wasserstein": "sliced Wasserstein distance of the features; lower is better",
+    "deviation": "standard deviation of the samples over the reference's along its leading quarter "
+                 "of principal axes; 1 is right, below it signal was lost",
+    "inception_score": "exp of the mean KL of class probabilities to their marginal",
+}
+
+
+def label(metric: str, extractor: Extractor) -> str:
+    """Name of a metric in a feature space; only Inception's have the short names."""
+    if extractor.name == "inception":
+        short = {"frechet": "FID", "kernel": "KID", "inception_score": "IS"}
+        return short.get(metric, metric)
+    return "class_score" if metric == "inception_score" else metric

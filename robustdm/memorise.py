@@ -1,0 +1,237 @@
+"""Entry point: `python -m robustdm.memorise` asks how near samples are to single training images.
+
+Similarity alone proves nothing: smoothing moves it too. So two controls stand beside it: images
+that were never trained on, and training images that were blurred.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from robustdm.cli import guard
+from robustdm.errors import UsageError
+
+THRESHOLDS = (0.9, 0.95)
+PAIRS = 16
+
+
+@dataclass(frozen=True)
+class MemoriseConfig:
+    """Whose samples to compare with which training images."""
+
+    run: Path | None = None
+    """Run directory: samples are made, and compared with its own clean training images."""
+    samples: Path | None = None
+    """Samples that are there: a folder, zip, .npy or .npz; needs --train."""
+    train: Path | None = None
+    """Training images: a folder, zip, .npy, .npz or a copy of CIFAR-10."""
+    heldout: Path | None = None
+    """Images of the same kind that were not trained on; the run's held-out part if not given."""
+    blur: float = 1.0
+    """Standard deviation in pixels of the blur of the second control."""
+    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
+                      "dinov2"] = "auto"
+    """Feature space (the paper: dinov2); auto is the digits' classifier for 8x8 grey images, else
+    pixels."""
+    weights: Path | None = None
+    """Weights of the feature extractor."""
+    num: int = 1000
+    """Samples to make, or at most to read."""
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm is ancestral sampling."""
+    steps: int | None = None
+    """Timesteps to visit; all if not given."""
+    ema: float | None = None
+    """Decay rate of the averaged weights to use."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to use."""
+    batch_size: int = 64
+    """Samples made at once."""
+    seed: int = 0
+    """Of the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: Path | None = None
+    """Folder for memorise.json and memorise.html; RUN/memorise, or runs/memorise."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, compare, write.
+
+    Raises:
+        UsageError: for a wrong flag, source or training set.
+        RunError: if sampling fails or weights are out of reach.
+    """
+    import tyro
+
+    memorise(tyro.cli(
+        MemoriseConfig, args=argv, prog="python -m robustdm.memorise",
+        description="How near are samples to single training images?",
+    ))
+
+
+def memorise(config: MemoriseConfig) -> dict:
+    """Nearest training image of every sample and of the controls; prints, writes, returns.
+
+    Returns:
+        What memorise.json holds.
+
+    Raises:
+        UsageError: for a wrong source or setting.
+        RunError: if sampling fails or weights are out of reach.
+    """
+    import torch
+
+    from robustdm import evaluation
+    from robustdm.data.read import read_images
+    from robustdm.features import cache_directory, load_extractor
+    from robustdm.metrics import nearest
+    from robustdm.tables import text_table
+    from robustdm.training.progress import sampling_progress
+    from robustdm.training.rundir import provenance
+    from robustdm.training.trainer import resolve_device
+
+    if (config.run is None) == (config.samples is None):
+        raise UsageError("give one of --run and --samples")
+    if config.num < 1:
+        raise UsageError(f"num is {config.num}: it must be at least 1")
+    if not 0 < config.blur < 100:
+        raise UsageError(f"blur is {config.blur}: it must be positive, in pixels")
+    device = resolve_device(config.device)
+    generator = heldout = None
+    if config.run is not None:
+        generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
+        if not generator.is_image:
+            raise UsageError(f"run is {str(config.run)!r}: it was trained on points; memorisation "
+                             "is measured on images")
+        data = generator.data
+        train = data.clean(torch.arange(len(data)))
+        if data.heldout is not None:
+            heldout = data.heldout.clean(torch.arange(len(data.heldout)))
+    if config.train is not None:
+        train = read_images(config.train, "train")
+    elif generator is None:
+        raise UsageError("train is not given: name the images that were trained on")
+    if config.heldout is not None:
+        heldout = read_images(config.heldout, "heldout")
+    samples = None if config.samples is None else read_images(config.samples, "samples")
+    shape = tuple(train.shape[1:])
+    for name, images in (("samples", samples), ("heldout", heldout)):
+        if images is not None and tuple(images.shape[1:]) != shape:
+            raise UsageError(f"{name} has shape {tuple(images.shape[1:])}, the training images "
+                             f"{shape}: bring them to one size first")
+    extractor = load_extractor(config.features, shape, config.weights, device)
+    cache = cache_directory()
+    reference = evaluation.features_of(extractor, train, cache).features
+    if generator is not None:
+        with sampling_progress(config.num) as progress:
+            features, samples = evaluation.extract(extractor, evaluation.generate(
+                generator, config.num, batch_size=config.batch_size, seed=config.seed,
+                device=device, progress=progress, sampler=config.sampler, steps=config.steps))
+        features = features.features
+    else:
+        samples = samples[: config.num]
+        features = evaluation.features_of(extractor, samples, cache).features
+    found = {"samples": nearest(features, reference)}
+    if heldout is not None:
+        found["held-out images"] = nearest(
+            evaluation.features_of(extractor, heldout, cache).features, reference)
+    blurred = blur(train[: config.num], config.blur)
+    found["blurred training images"] = nearest(
+        evaluation.features_of(extractor, blurred).features, reference)
+    # Not a control but a scale: how near the training images are to one another.
+    found["training images, themselves left out"] = nearest(
+        reference[: config.num], reference, exclude_self=True)
+    rows = {name: {
+        "images": len(s), "mean": s.mean().item(),
+        **{f"share >= {t:g}": (s >= t).double().mean().item() for t in THRESHOLDS},
+        "1st percentile": s.quantile(0.01).item(), "99th percentile": s.quantile(0.99).item(),
+    } for name, (s, _) in found.items()}
+    print(f"nearest of {len(train)} training images by cosine similarity, {extractor.name} features")
+    print(text_table(rows))
+    record = {
+        "features": extractor.identity, "train": len(train), "rows": rows,
+        "similarities": {name: [round(v, 4) for v in s.tolist()] for name, (s, _) in found.items()},
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "provenance": provenance(),
+    }
+    out = config.out or (Path("runs") if config.run is None else config.run) / "memorise"
+    _write(out, record, rows, found, samples, train, extractor)
+    print(f"page: {out / 'memorise.html'}")
+    return record
+
+
+def blur(images, sd: float):
+    """Gaussian blur of images (N, C, H, W), the border repeated.
+
+    Args:
+        sd: standard deviation in pixels.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    reach = max(1, round(3 * sd))
+    taps = torch.exp(-torch.arange(-reach, reach + 1.0).square() / (2 * sd * sd))
+    taps = (taps / taps.sum()).to(images)
+    channels = images.shape[1]
+    for kernel in (taps.view(1, 1, 1, -1), taps.view(1, 1, -1, 1)):
+        padding = (reach, reach, 0, 0) if kernel.shape[-1] > 1 else (0, 0, reach, reach)
+        images = F.conv2d(F.pad(images, padding, mode="replicate"),
+                          kernel.expand(channels, 1, *kernel.shape[2:]), groups=channels)
+    return images
+
+
+def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
+    import numpy as np
+    import torch
+
+    from robustdm import plots, webpage
+    from robustdm.images import grid, to_pil
+    from robustdm.training.rundir import write_text
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
+    made, axes = plots.figure(1, 1, size=(6.0, 3.6))
+    low = min(float(s.min()) for s, _ in found.values())
+    edges = np.linspace(min(low, 0.85), 1, 60)
+    for colour, (name, (s, _)) in zip(plots.COLOURS, found.items(), strict=False):
+        axes[0, 0].hist(s.numpy(), bins=edges, density=True, histtype="step", color=colour,
+                        label=name)
+    axes[0, 0].axvline(THRESHOLDS[0], color=plots.INK, linestyle=":", linewidth=1)
+    axes[0, 0].set(xlabel="cosine similarity to the nearest training image", ylabel="density",
+                   title=f"{extractor.name} features")
+    axes[0, 0].legend(fontsize=7)
+    plots.save(made, out / "memorise.png")
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    similarity, index = found["samples"]
+    top = similarity.argsort(descending=True)[:PAIRS]
+    pairs = torch.stack([samples[top], train[index[top]]], 1).flatten(0, 1)
+    buffer = io.BytesIO()
+    to_pil(grid(pairs, 8)).save(buffer, format="png")
+    made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
+    body = [
+        "<header><h1>Nearest training images</h1></header>",
+        webpage.section("Table", webpage.soft(
+            "Samples are near training images beyond what their kind explains only where they "
+            "exceed the held-out images; and a method that smooths moves the histogram as blurring "
+            "does, without having memorised less."), webpage.table(
+            [[name, *(f"{row[c]:.4g}" for c in columns)] for name, row in rows.items()],
+            ["", *columns], numbers=True)),
+        webpage.section("Histogram", webpage.picture(plots.png_bytes(made))),
+        webpage.section("The most similar pairs", webpage.soft(
+            "Sample, then training image."), webpage.picture(buffer.getvalue(), "pairs")),
+        webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"),
+    ]
+    write_text(out / "memorise.html", webpage.document("Memorisation", body))
+    write_text(out / "memorise.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    guard(main)
