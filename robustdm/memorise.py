@@ -152,7 +152,7 @@ def memorise(config: MemoriseConfig) -> dict:
         **{f"share >= {t:g}": (s >= t).double().mean().item() for t in THRESHOLDS},
         "1st percentile": s.quantile(0.01).item(), "99th percentile": s.quantile(0.99).item(),
     } for name, (s, _) in found.items()}
-    print(f"nearest of {len(train)} training images by cosine similarity, {extractor.name} features")
+    print(f"nearest of {len(train)} training images, {extractor.name} features, cosine similarity")
     print(text_table(rows))
     record = {
         "features": extractor.identity, "train": len(train), "rows": rows,

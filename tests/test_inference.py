@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import robustdm
-from robustdm import NoiseSchedule, UsageError, inference
+from robustdm import NoiseSchedule, UsageError, inference, native
 from robustdm.inference import fast_network
 from robustdm.models import PointMLP, build_model
 from robustdm.sampling import sample
 from robustdm.training.config import TrainConfig
+
+HAS_CPP = native.status()["cpu"][0]
 
 SCHEDULE = NoiseSchedule.linear(1000)
 SHAPE = (3, 8, 8)
@@ -137,15 +139,19 @@ def test_predictions_are_the_model_s(precision):
     assert out.dtype == torch.float32 and not out.requires_grad
     assert relative_error(out, expected(model, x, t)) < TOLERANCE[precision]
     assert torch.equal(network(x.double(), t), out)
-    assert list(network.off) == ([] if precision == "fp32" else ["fused"])
+    assert list(network.off) == ([] if precision == "fp32" or HAS_CPP else ["fused"])
     assert network.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("compile", [False, True])
-def test_how_the_copy_runs(fake_compiler, precision, compile):
+@pytest.mark.parametrize("cpp", [False, True])
+def test_how_the_copy_runs(fake_compiler, precision, compile, cpp, monkeypatch):
+    known = native.status()["cuda"]
+    monkeypatch.setattr(native, "status", lambda: {"cpu": (cpp, ""), "cuda": known})
     network = fast_network(unet(), precision=precision, compile=compile)
-    fast = compile or precision == "fp32"  # eager bf16 on a CPU is faster as it is
+    # Eager bf16 on a CPU without our C++ norms is faster as it is.
+    fast = cpp or compile or precision == "fp32"
     assert any("Fused" in type(m).__name__ for m in network.modules()) == fast
     assert all((p.stride(1) == 1) == fast for p in network.parameters()
                if p.ndim == 4 and p.shape[-1] > 1)

@@ -82,7 +82,7 @@ LAYERS = {
     "sampling": ("errors", "random", "schedule", "network"),
     "attacks": ("errors", "network", "random", "sampling"),
     "planner": ("errors", "perturbation", "sampling", "schedule"),
-    "inference": ("errors", "network", "models", "training.compilation"),
+    "inference": ("errors", "native", "network", "models", "training.compilation"),
     "metrics": ("errors", "random"),
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
              "data"),
