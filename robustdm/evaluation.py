@@ -234,13 +234,11 @@ def measure(
         return made
 
     whole = values(features)
-    size = count // splits
+    # Every splits-th sample: a folder may be sorted by class.
     parts = [
-        values(Features(features.features[i * size:(i + 1) * size],
-                        None if features.logits is None else
-                        features.logits[i * size:(i + 1) * size]))
+        values(Features(*(None if v is None else v[i::splits] for v in features)))
         for i in range(splits)
-    ] if size > 10 else []
+    ] if count // splits > 10 else []
     results = {}
     for name, value in whole.items():
         results[name] = {"value": value, "samples": count}

@@ -27,8 +27,8 @@ def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
         block: features per block.
 
     Returns:
-        The distance and its standard error over both sets (jackknife; for sets of the same law up to
-        half too large).
+        The distance and its standard error over both sets (jackknife; up to half too
+        large for sets of the same law).
 
     Raises:
         ValueError: if a set is too small or the trailing shapes differ.

@@ -1,0 +1,276 @@
+"""Evaluation, attacks and memorisation as commands: on random networks, folders and arrays."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_sample import make_run
+
+from robustdm import RunError, UsageError, attack, evaluate, evaluation, features, memorise
+from robustdm.data.digits import load_digits
+from robustdm.images import save_images
+from robustdm.metrics import FeatureStatistics, frechet_distance
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROBUSTDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8))
+
+
+@pytest.fixture(scope="module")
+def plane_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("plane"), shape=(3,), data="plane", preset="plane",
+                    network="mlp", num_points=300)
+
+
+@pytest.fixture(scope="module")
+def digits_npz(tmp_path_factory):
+    """The digits, as unclipped samples: one half, and the other with noise."""
+    folder = tmp_path_factory.mktemp("arrays")
+    x = load_digits()
+    noise = 0.3 * torch.randn(x[::2].shape, generator=torch.Generator().manual_seed(0))
+    for name, samples in (("clean", x[1::2]), ("noisy", x[::2] + noise)):
+        np.savez(folder / f"{name}.npz", samples=samples.numpy())
+    return folder
+
+
+def run(module, out, *flags):
+    module.main([*map(str, flags), "--out", str(out)])
+    name = {evaluate: "evaluation", attack: "attack", memorise: "memorise"}[module]
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def test_a_run_is_evaluated_against_its_clean_data(digits_run, tmp_path, capsys):
+    flags = ("--run", digits_run, "--num", 80, "--steps", 3, "--sampler", "ddim")
+    record = run(evaluate, tmp_path / "out", *flags)
+    results = record["results"]
+    assert set(results) == {"frechet", "kernel", "precision", "recall", "density", "coverage",
+                            "sliced_wasserstein", "deviation", "inception_score"}
+    assert results["frechet"]["value"] > 10 and results["kernel"]["error"] > 0
+    assert record["features"]["name"] == "digits" and len(record["features"]["digest"]) == 64
+    assert all(r["samples"] == 80 for r in results.values())
+    assert {"samples", "training data", "clean data"} == set(record["measures"])
+    printed = capsys.readouterr().out
+    # Only Inception's distance is called FID.
+    assert "frechet" in printed and "FID" not in printed
+    page = (tmp_path / "out/evaluation.html").read_text()
+    assert page.count("<img") == 4 and "Nearest clean images" in page
+    # The batch size changes nothing.
+    again = run(evaluate, tmp_path / "again", *flags, "--batch-size", 7)
+    assert again["results"]["frechet"]["value"] == pytest.approx(
+        results["frechet"]["value"], rel=1e-3)
+
+
+def test_samples_that_are_there(digits_npz, tmp_path):
+    record = run(evaluate, tmp_path / "noisy", "--samples", digits_npz / "noisy.npz",
+                 "--reference", digits_npz / "clean.npz", "--save-reference", tmp_path / "ref.npz")
+    noisy = record["results"]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    save_images(folder, load_digits()[::2])
+    # The statistics saved before serve as the reference, for the Frechet distance alone.
+    clean = run(evaluate, tmp_path / "clean", "--samples", folder, "--reference",
+                tmp_path / "ref.npz")["results"]
+    assert set(clean) == {"frechet", "inception_score"}
+    assert clean["frechet"]["value"] < 0.4 * noisy["frechet"]["value"]
+    assert clean["frechet"]["parts"] == 5
+    assert clean["frechet"]["part_mean"] > clean["frechet"]["value"]
+    network = features.load_extractor("digits", (1, 8, 8))
+    half = load_digits()[::2]
+    half = ((half + 1) * 127.5).round() / 127.5 - 1
+    wanted = frechet_distance(network(half).features,
+                              FeatureStatistics.load(tmp_path / "ref.npz"))
+    assert clean["frechet"]["value"] == pytest.approx(wanted, rel=1e-4)
+    identical = run(evaluate, tmp_path / "same", "--samples", digits_npz / "clean.npz",
+                    "--reference", digits_npz / "clean.npz")["results"]
+    assert identical["frechet"]["value"] < 1e-6
+    assert identical["precision"]["value"] == identical["coverage"]["value"] == 1
+
+
+def test_points_are_evaluated(plane_run, tmp_path):
+    record = run(evaluate, tmp_path / "out", "--run", plane_run, "--num", 40, "--steps", 3)
+    assert record["features"]["name"] == "pixels" and "distance" in record["measures"]["samples"]
+
+
+def test_a_pipeline_is_evaluated(digits_run, digits_npz, tmp_path):
+    from robustdm.pipeline import save_pipeline
+    from robustdm.training.run import load_run
+
+    loaded = load_run(digits_run)
+    save_pipeline(loaded.model, loaded.schedule, tmp_path / "pipe", clip_sample=False)
+    flags = ("--num", 70, "--steps", 3, "--reference", digits_npz / "clean.npz")
+    ours = run(evaluate, tmp_path / "a", "--run", digits_run, *flags)["results"]
+    theirs = run(evaluate, tmp_path / "b", "--pipeline", tmp_path / "pipe", *flags)["results"]
+    assert theirs["frechet"]["value"] == pytest.approx(ours["frechet"]["value"], rel=1e-3)
+
+
+def test_kept_features_are_only_found_by_the_same_images_and_extractor(tmp_path):
+    x = load_digits()[:30]
+    plain = features.load_extractor("digits", (1, 8, 8))
+    calls = []
+
+    class Counted:
+        identity, name = plain.identity, plain.name
+
+        def __call__(self, images):
+            calls.append(len(images))
+            return plain(images)
+
+    extractor = Counted()
+    first = evaluation.features_of(extractor, x, tmp_path)
+    again = evaluation.features_of(extractor, x, tmp_path)
+    assert sum(calls) == 30 and torch.equal(first.features, again.features)
+    assert torch.equal(first.logits, again.logits)
+    evaluation.features_of(extractor, x + 1e-3, tmp_path)
+    assert sum(calls) == 60
+    extractor.identity = plain.identity | {"quantise": True}
+    evaluation.features_of(extractor, x, tmp_path)
+    assert sum(calls) == 90
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"damaged")
+    assert torch.equal(evaluation.features_of(extractor, x, tmp_path).features, first.features)
+
+
+def test_extractors(tmp_path):
+    x = load_digits()
+    digits = features.load_extractor("auto", (1, 8, 8))
+    again = features.load_extractor("digits", (1, 8, 8))
+    assert digits.digest == again.digest and digits(x[:5]).features.shape == (5, 64)
+    from sklearn import datasets
+
+    labels = torch.from_numpy(datasets.load_digits().target)
+    assert (digits(x).logits.argmax(1) == labels).double().mean() > 0.98
+    pixels = features.load_extractor("pixels", (3,))
+    assert torch.equal(pixels(torch.ones(2, 3)).features, torch.ones(2, 3))
+    rounded = features.load_extractor("pixels", (1, 2, 2), quantise=True)
+    made = rounded(torch.tensor([-2.0, 0.001, 0.5, 3]).view(1, 1, 2, 2)).features[0]
+    assert made == pytest.approx([-1, 128 / 127.5 - 1, 191 / 127.5 - 1, 1], abs=1e-6)
+
+
+def test_a_cifar_resnet_takes_its_published_weights(tmp_path):
+    network = features.CifarResNet(3)
+    assert sum(p.numel() for p in network.parameters()) == 269_722  # as published
+    state = {f"module.{k}": v for k, v in network.state_dict().items()}
+    torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "r20.th")
+    made = features.load_extractor("resnet20", (3, 32, 32), tmp_path / "r20.th")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert made(x).features.shape == (2, 64) and made(x).logits.shape == (2, 10)
+    with pytest.raises(UsageError, match="no weights of resnet56"):
+        features.load_extractor("resnet56", (3, 32, 32), tmp_path / "r20.th")
+    with pytest.raises(UsageError, match="weights is not given"):
+        features.load_extractor("resnet56", (3, 32, 32))
+
+
+def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, capsys):
+    record = run(attack, tmp_path / "out", digits_run, "--num", 70, "--steps", 3, "--methods",
+                 "random", "fgsm", "--steps-attacked", 0.5, 1.0)
+    cells = {(e["method"], e["share"]): e for e in record["entries"]}
+    assert set(cells) == {("none", 0.0), ("random", 0.5), ("random", 1.0), ("fgsm", 0.5),
+                          ("fgsm", 1.0)}
+    assert [cells[c]["steps_attacked"] for c in cells] == [0, 2, 3, 2, 3]
+    values = {c: e["results"]["frechet"]["value"] for c, e in cells.items()}
+    assert len(set(values.values())) == 5
+    assert record["objective_raised"]["digits0"]["fgsm"]["checked"] == 2
+    page = (tmp_path / "out/attack.html").read_text()
+    assert page.count("<img") == 6
+    run(attack, tmp_path / "both", plane_run, digits_run, "--num", 70, "--steps", 2, "--methods",
+        "eot", "--iterations", 2, "--steps-attacked", 1.0)
+    assert "plane0, eot 100%" in capsys.readouterr().out
+    still = run(attack, tmp_path / "none", digits_run, "--num", 70, "--steps", 3, "--size", 0.0,
+                "--methods", "fgsm", "--steps-attacked", 1.0)["entries"]
+    assert still[0]["results"] == still[1]["results"]
+
+
+def test_memorised_images_are_found(digits_run, digits_npz, tmp_path):
+    x = load_digits()
+    np.savez(tmp_path / "train.npz", samples=x[:600].numpy())
+    np.savez(tmp_path / "copies.npz", samples=x[100:150].numpy())
+    np.savez(tmp_path / "heldout.npz", samples=x[600:].numpy())
+    record = run(memorise, tmp_path / "out", "--samples", tmp_path / "copies.npz", "--train",
+                 tmp_path / "train.npz", "--heldout", tmp_path / "heldout.npz")
+    rows = record["rows"]
+    assert rows["samples"]["mean"] == pytest.approx(1, abs=1e-5)
+    assert rows["held-out images"]["mean"] < 0.999
+    assert rows["training images, themselves left out"]["mean"] < 0.999
+    assert 0.9 < rows["blurred training images"]["mean"] < 0.999
+    made = run(memorise, tmp_path / "run", "--run", digits_run, "--num", 20, "--steps", 2)
+    assert made["rows"]["held-out images"]["images"] == 90
+
+
+def test_blur_keeps_constants_and_spreads_points():
+    x = torch.zeros(1, 2, 9, 9)
+    x[0, 0, 4, 4] = 1
+    made = memorise.blur(x, 1.0)
+    assert made.sum().item() == pytest.approx(1, abs=1e-3) and not made[0, 1].any()
+    at = torch.arange(9.0) - 4
+    second = (made[0, 0].sum(0) * at.square()).sum().item()
+    assert second == pytest.approx(1, rel=0.03)
+    assert torch.allclose(memorise.blur(torch.ones(1, 1, 5, 5), 2.0), torch.ones(1, 1, 5, 5))
+
+
+def bad(module, words, *flags, error=UsageError):
+    with pytest.raises(error, match=words) as caught:
+        module.main(list(map(str, flags)))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
+    clean = digits_npz / "clean.npz"
+    bad(evaluate, "one of --run, --samples and --pipeline")
+    bad(evaluate, "num is 1", "--samples", clean, "--num", 1)
+    bad(evaluate, "reference is not given", "--samples", clean)
+    bad(evaluate, "does not exist", "--samples", tmp_path / "nowhere", "--reference", clean)
+    bad(evaluate, "40 samples are too few", "--samples", clean, "--reference", clean, "--num", 40)
+    bad(evaluate, "metrics has 'fid'", "--samples", clean, "--reference", clean,
+        "--metrics", "fid")
+    bad(evaluate, "weights is", "--samples", clean, "--reference", clean, "--features", "resnet20",
+        "--weights", tmp_path / "no.th")
+    bad(evaluate, "resnet20 takes images", "--samples", clean, "--reference", clean, "--features",
+        "resnet20", "--weights", _weights(tmp_path))
+    bad(evaluate, "pipeline is", "--pipeline", tmp_path / "nothing", "--reference", clean)
+    bad(evaluate, "ema is 0.3", "--run", digits_run, "--ema", 0.3)
+    np.savez(tmp_path / "larger.npz", samples=np.zeros((80, 1, 16, 16), np.float32))
+    bad(evaluate, "bring it to their resolution", "--samples", clean, "--reference",
+        tmp_path / "larger.npz")
+    broken = np.zeros((80, 1, 8, 8), np.float32)
+    broken[3, 0, 2, 2] = np.nan
+    np.savez(tmp_path / "nan.npz", samples=broken)
+    bad(evaluate, "NaN", "--samples", tmp_path / "nan.npz", "--reference", clean)
+    (tmp_path / "empty").mkdir()
+    bad(evaluate, "samples is .*no images", "--samples", tmp_path / "empty", "--reference", clean)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    save_images(mixed, np.zeros((1, 1, 8, 8)))
+    save_images(mixed, np.zeros((1, 1, 9, 9)), first_index=1)
+    bad(evaluate, "differ in size", "--samples", mixed, "--reference", clean)
+    bad(attack, "runs is empty")
+    bad(attack, "steps_attacked is 250", digits_run, "--steps-attacked", 250)
+    bad(attack, "phi is 0", digits_run, "--phi", 0.0)
+    bad(memorise, "one of --run and --samples")
+    bad(memorise, "train is not given", "--samples", clean)
+    bad(memorise, "trained on points", "--run", plane_run)
+    bad(memorise, "blur is 0", "--run", digits_run, "--blur", 0)
+
+
+def _weights(folder):
+    torch.save(features.CifarResNet(3).state_dict(), folder / "w.th")
+    return folder / "w.th"
+
+
+def test_weights_out_of_reach_are_one_line(digits_npz, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    clean = digits_npz / "clean.npz"
+    for name, extra in (("inception", "eval"), ("dinov2", "transformers")):
+        bad(evaluate, extra, "--samples", clean, "--reference", clean, "--features", name,
+            error=RunError)
