@@ -11,7 +11,7 @@ import tyro
 from robustdm.cli import guard
 from robustdm.errors import UsageError
 
-Study = Literal["subspace", "invitro", "digits", "lambda-mode", "approximations"]
+Study = Literal["subspace", "invitro", "digits", "lambda-mode", "approximations", "calibration"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ReproduceConfig:
     study: tyro.conf.Positional[Study]
     """subspace and invitro: the paper's in-vitro analyses; digits: real images; lambda-mode: which
     reading of lambda_t should be the default; approximations: what cheaper training than the exact
-    method gives."""
+    method gives; calibration: how far the corrupted training set is from the clean one."""
     seeds: int = 3
     """Repeats of every arm, with seeds 0, 1, ..."""
     steps: int | None = None
@@ -30,6 +30,15 @@ class ReproduceConfig:
     """Arms trained side by side; 0 is one per CPU core, or one on a GPU."""
     out: Path | None = None
     """Directory of the results; by default runs/reproduce/STUDY. Trained arms stay beside it."""
+    data_dir: Path | None = None
+    """calibration: images, such as a copy of CIFAR-10; the digits if not given."""
+    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
+                      "dinov2"] = "auto"
+    """calibration: feature space of the distance; only inception's is comparable with the paper."""
+    weights: Path | None = None
+    """calibration: weights of the feature extractor."""
+    count: int = 10_000
+    """calibration: images used."""
     butterflies: Path | None = None
     """lambda-mode: an .npz of 64x64 images (uint8, N x 64 x 64 x 3); without it that set is left
     out."""
@@ -38,13 +47,15 @@ class ReproduceConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study; returns the exit code."""
     config = tyro.cli(ReproduceConfig, args=argv, prog="python -m robustdm.reproduce")
-    for name in ("seeds", "steps"):
+    for name in ("seeds", "steps", "count"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}: it must be at least 1")
     module = import_module(f"robustdm.studies.{config.study.replace('-', '_')}")
     out = config.out or Path("runs/reproduce") / config.study
-    extra = {"butterflies": config.butterflies} if config.study == "lambda-mode" else {}
+    own = {"lambda-mode": ("butterflies",),
+           "calibration": ("data_dir", "features", "weights", "count")}
+    extra = {name: getattr(config, name) for name in own.get(config.study, ())}
     claims = module.run(out, config.seeds, config.steps, config.jobs, **extra)
     for claim in claims:
         print(claim)
