@@ -54,6 +54,12 @@ class EvaluateConfig:
     """ddpm: noise of a step."""
     eta: float = 0.0
     """ddim: noise of a step."""
+    baseline: Literal["none", "shrink", "early_stop", "blur"] = "none"
+    """What is done to a plain DDPM against noise: denoise as if there were more noise, end the
+    chain at the corruption's strength, or blur the samples."""
+    baseline_strength: float | None = None
+    """shrink: the lam to imitate (0.3); early_stop: the corruption's standard deviation (the run's
+    own); blur: standard deviation in pixels (0.5)."""
     ema: float | None = None
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
@@ -120,6 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         generator = evaluation.open_pipeline(config.pipeline, device)
     else:
         samples = read_images(config.samples, "samples")[: config.num]
+    baseline = _baseline(config, generator)
     shape = tuple(samples.shape[1:]) if generator is None else generator.shape
     extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
     cache = cache_directory()
@@ -147,13 +154,14 @@ def evaluate(config: EvaluateConfig) -> dict:
          else FeatureStatistics.of(reference)).save(config.save_reference)
 
     if generator is not None:
-        name = generator.name
+        name = generator.name + ("" if baseline is None else f", {config.baseline}")
         with sampling_progress(config.num) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, device=device,
                 progress=progress, sampler=config.sampler, steps=config.steps,
-                spacing=config.spacing, variance=config.variance, eta=config.eta))
+                spacing=config.spacing, variance=config.variance, eta=config.eta,
+                baseline=baseline))
     else:
         name = str(config.samples)
         features = evaluation.features_of(extractor, samples, cache)
@@ -180,6 +188,28 @@ def evaluate(config: EvaluateConfig) -> dict:
     _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
     print(f"page: {out / 'evaluation.html'}")
     return record
+
+
+def _baseline(config: EvaluateConfig, generator):
+    """The baseline that the flags name, None if none."""
+    from robustdm.baselines import Baseline
+
+    if config.baseline == "none":
+        if config.baseline_strength is not None:
+            raise UsageError(f"baseline_strength is {config.baseline_strength} without a baseline: "
+                             "name one, or leave it out")
+        return None
+    if generator is None:
+        raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample from; "
+                         "give --run or --pipeline")
+    strength = config.baseline_strength
+    corruption = getattr(generator.data, "corruption", None)
+    if strength is None and config.baseline == "early_stop":
+        if corruption is None:
+            raise UsageError("baseline is 'early_stop', and how strong the corruption is is not "
+                             "known: give --baseline-strength")
+        strength = corruption.sigma
+    return Baseline(config.baseline, strength)
 
 
 def table_rows(results: dict, extractor) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from robustdm.baselines import Baseline
 from robustdm.data import load_data
 from robustdm.data.base import Data, sha256_of
 from robustdm.errors import RunError, UsageError
@@ -27,7 +28,7 @@ from robustdm.metrics import (
     manifold,
     sliced_wasserstein,
 )
-from robustdm.sampling import check_settings, sample
+from robustdm.sampling import check_settings, sample, timesteps
 from robustdm.schedule import NoiseSchedule
 
 METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "inception_score")
@@ -97,6 +98,7 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
 def generate(
     generator: Generator, num: int, *, batch_size: int = 64, seed: int = 0,
     precision: str = "fp32", compile: bool = False, attack=None,
+    baseline: Baseline | None = None,
     progress: Callable[[int, int], None] | None = None, device: torch.device | str = "cpu",
     **settings,
 ) -> Iterator[Tensor]:
@@ -105,6 +107,7 @@ def generate(
     Args:
         settings: sampler, steps, spacing, variance and eta of ``sampling.sample``.
         attack: an attack on the trajectory; the network is then differentiable.
+        baseline: what is done to a plain DDPM against noise.
 
     Raises:
         UsageError: for a setting out of range.
@@ -112,10 +115,16 @@ def generate(
     """
     defaults = dict(sampler="ddpm", steps=None, spacing="linspace", variance="fixed_large", eta=0.0)
     settings = defaults | settings
+    if baseline is not None:
+        settings["stop"] = baseline.stop
+        baseline.finish(torch.zeros(1, *generator.shape))
     check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)
     network = fast_network(generator.model, precision=precision, compile=compile, device=device,
                            differentiable=attack is not None)
-    steps = settings["steps"] or len(generator.schedule)
+    if baseline is not None:
+        network = baseline.network(network, generator.schedule).to(device)
+    steps = len(timesteps(generator.schedule, settings["steps"], settings["spacing"],
+                          settings.get("stop", 0.0)))
     for first in range(0, num, batch_size):
         count = min(batch_size, num - first)
 
@@ -128,7 +137,7 @@ def generate(
         if not bool(torch.isfinite(made).all()):
             raise RunError(f"samples of {generator.name} are not finite numbers: the run has "
                            "diverged, use an earlier --checkpoint")
-        yield made
+        yield made if baseline is None else baseline.finish(made)
 
 
 def extract(extractor: Extractor, batches: Iterator[Tensor]) -> tuple[Features, Tensor]:

@@ -88,6 +88,7 @@ def memorise(config: MemoriseConfig) -> dict:
     import torch
 
     from robustdm import evaluation
+    from robustdm.baselines import blur
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory, load_extractor
     from robustdm.metrics import nearest
@@ -164,26 +165,6 @@ def memorise(config: MemoriseConfig) -> dict:
     _write(out, record, rows, found, samples, train, extractor)
     print(f"page: {out / 'memorise.html'}")
     return record
-
-
-def blur(images, sd: float):
-    """Gaussian blur of images (N, C, H, W), the border repeated.
-
-    Args:
-        sd: standard deviation in pixels.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    reach = max(1, round(3 * sd))
-    taps = torch.exp(-torch.arange(-reach, reach + 1.0).square() / (2 * sd * sd))
-    taps = (taps / taps.sum()).to(images)
-    channels = images.shape[1]
-    for kernel in (taps.view(1, 1, 1, -1), taps.view(1, 1, -1, 1)):
-        padding = (reach, reach, 0, 0) if kernel.shape[-1] > 1 else (0, 0, reach, reach)
-        images = F.conv2d(F.pad(images, padding, mode="replicate"),
-                          kernel.expand(channels, 1, *kernel.shape[2:]), groups=channels)
-    return images
 
 
 def _write(out: Path, record, rows, found, samples, train, extractor) -> None:

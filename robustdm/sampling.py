@@ -24,7 +24,8 @@ Variance = Literal["fixed_large", "fixed_small"]
 
 
 def timesteps(
-    schedule: NoiseSchedule | int, steps: int | None = None, spacing: Spacing = "linspace"
+    schedule: NoiseSchedule | int, steps: int | None = None, spacing: Spacing = "linspace",
+    stop: float = 0.0,
 ) -> Tensor:
     """The timesteps that a sampler of ``steps`` steps visits.
 
@@ -35,12 +36,14 @@ def timesteps(
             give for these names. "truncate" visits the ``steps`` cleanest timesteps, that is, it
             puts pure noise in the middle of the chain: no proper sampler, but what the published
             300- and 500-step rows may have done.
+        stop: leave out the timesteps whose noise over signal, s / a, is below this, so that the
+            chain ends early, with the prediction of clean data. Needs the schedule itself.
 
     Returns:
-        (steps,) int64, strictly decreasing.
+        (steps,) int64, or fewer if stopped, strictly decreasing.
 
     Raises:
-        UsageError: for steps out of range or an unknown spacing.
+        UsageError: for steps out of range, an unknown spacing, or a stop above all noise.
 
     Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
         Table 2, for the names.
@@ -60,7 +63,14 @@ def timesteps(
         increasing = np.arange(total, 0, -total / steps)[:steps].round()[::-1] - 1
     else:
         increasing = k
-    return torch.from_numpy(increasing[::-1].astype(np.int64))
+    chosen = torch.from_numpy(increasing[::-1].astype(np.int64))
+    if not stop:
+        return chosen
+    noise = (schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)[chosen]
+    if not 0 < stop <= noise[0]:
+        raise UsageError(f"stop is {stop}: it must be from 0 to the sampler's first noise scale, "
+                         f"{noise[0]:.3g}")
+    return chosen[noise >= stop]
 
 
 class Respaced:
@@ -188,6 +198,7 @@ def sample(
     variance: Variance = "fixed_large",
     eta: float = 0.0,
     clip: bool = False,
+    stop: float = 0.0,
     seed: int = 0,
     first_index: int = 0,
     batch_size: int = 64,
@@ -211,6 +222,7 @@ def sample(
         variance: ddpm's noise; "fixed_large" is beta, "fixed_small" the posterior variance.
         eta: ddim's noise, 0 (none) to 1 (that of ddpm with "fixed_small").
         clip: clip each predicted x0 to [-1, 1].
+        stop: end the chain at this noise scale; see ``timesteps``.
         seed, first_index: the samples are numbers first_index to first_index + num - 1 of the
             seed's sequence; a number determines its noise, whatever the batch size.
         batch_size: samples computed at once.
@@ -233,8 +245,9 @@ def sample(
     Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
     """
     check_settings(schedule, num=num, batch_size=batch_size, first_index=first_index,
-                   sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta)
-    chain = Respaced(schedule, timesteps(schedule, steps, spacing))
+                   sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta,
+                   stop=stop)
+    chain = Respaced(schedule, timesteps(schedule, steps, spacing, stop))
     if device is None:
         tensors = model.parameters() if isinstance(model, torch.nn.Module) else ()
         device = next((p.device for p in tensors), "cpu")
@@ -274,7 +287,7 @@ def sample(
 
 def check_settings(
     schedule: NoiseSchedule, *, num: int, batch_size: int, sampler: Sampler, steps: int | None,
-    spacing: Spacing, variance: Variance, eta: float, first_index: int = 0,
+    spacing: Spacing, variance: Variance, eta: float, first_index: int = 0, stop: float = 0.0,
 ) -> None:
     """What `sample` checks first, for those that have long work to do before.
 
@@ -292,7 +305,7 @@ def check_settings(
         raise UsageError(f"eta is {eta}: it must be from 0 to 1")
     if eta and sampler == "ddpm":
         raise UsageError(f"eta is {eta}: ddpm has none; use sampler ddim, or drop eta")
-    timesteps(schedule, steps, spacing)
+    timesteps(schedule, steps, spacing, stop)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,26 @@ def test_fgsm_is_the_sign_of_the_gradient_of_L():
             assert torch.equal(delta[(inside, *place)].sign(), slope.sign())
 
 
+@pytest.mark.parametrize("objective", ["mu", "eps"])
+def test_the_objective_is_how_far_the_posterior_mean_or_the_prediction_moves(objective):
+    """Written out from the forward process: neither x0 nor the state enters alone."""
+    net, (x, delta), k = conv_network(), state(), 3
+    abar, before = (float(v[k]) for v in (CHAIN.alphas_cumprod, CHAIN.alphas_cumprod_prev))
+    beta = 1 - abar / before
+
+    def output(x):
+        eps = net(x, torch.full((len(x),), int(CHAIN.timesteps[k])))
+        if objective == "eps":
+            return eps
+        x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+        return (before**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - before) * x) / (1 - abar)
+
+    with torch.no_grad():
+        expected = (output(x) - output(x + delta)).square().flatten(1).sum(1).double()
+    found = attack("fgsm", objective=objective).measure(net, CHAIN, k, x, delta)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
 def test_one_step_of_pgd_is_the_start_plus_fgsm_clamped():
     x, z = state()
     k = 5

@@ -8,6 +8,7 @@ import torch
 from test_sample import make_run
 
 from robustdm import RunError, UsageError, attack, evaluate, evaluation, features, memorise
+from robustdm.baselines import blur
 from robustdm.data.digits import load_digits
 from robustdm.images import save_images
 from robustdm.metrics import FeatureStatistics, frechet_distance
@@ -93,6 +94,20 @@ def test_samples_that_are_there(digits_npz, tmp_path):
                     "--reference", digits_npz / "clean.npz")["results"]
     assert identical["frechet"]["value"] < 1e-6
     assert identical["precision"]["value"] == identical["coverage"]["value"] == 1
+
+
+def test_baselines_change_the_samples_of_a_run(digits_run, tmp_path):
+    def recall(*args):
+        evaluate.main(["--run", str(digits_run), "--num", "40", "--steps", "4", "--features",
+                       "pixels", "--metrics", "deviation", "--out", str(tmp_path), *args])
+        record = json.loads((tmp_path / "evaluation.json").read_text())
+        return record["results"]["deviation"]["value"], record["name"]
+
+    plain, _ = recall()
+    found = {name: recall("--baseline", name) for name in ("shrink", "early_stop", "blur")}
+    assert all(value != plain and label.endswith(name) for name, (value, label) in found.items())
+    assert found["blur"][0] < plain
+    assert recall("--baseline", "blur", "--baseline-strength", "1")[0] < found["blur"][0]
 
 
 def test_points_are_evaluated(plane_run, tmp_path):
@@ -208,12 +223,12 @@ def test_memorised_images_are_found(digits_run, digits_npz, tmp_path):
 def test_blur_keeps_constants_and_spreads_points():
     x = torch.zeros(1, 2, 9, 9)
     x[0, 0, 4, 4] = 1
-    made = memorise.blur(x, 1.0)
+    made = blur(x, 1.0)
     assert made.sum().item() == pytest.approx(1, abs=1e-3) and not made[0, 1].any()
     at = torch.arange(9.0) - 4
     second = (made[0, 0].sum(0) * at.square()).sum().item()
     assert second == pytest.approx(1, rel=0.03)
-    assert torch.allclose(memorise.blur(torch.ones(1, 1, 5, 5), 2.0), torch.ones(1, 1, 5, 5))
+    assert torch.allclose(blur(torch.ones(1, 1, 5, 5), 2.0), torch.ones(1, 1, 5, 5))
 
 
 def bad(module, words, *flags, error=UsageError):
@@ -251,6 +266,12 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     save_images(mixed, np.zeros((1, 1, 8, 8)))
     save_images(mixed, np.zeros((1, 1, 9, 9)), first_index=1)
     bad(evaluate, "differ in size", "--samples", mixed, "--reference", clean)
+    bad(evaluate, "needs a network", "--samples", clean, "--reference", clean, "--baseline", "blur")
+    bad(evaluate, "without a baseline", "--run", digits_run, "--baseline-strength", 1)
+    bad(evaluate, "baseline_strength is -1", "--run", digits_run, "--baseline", "blur",
+        "--baseline-strength", -1)
+    bad(evaluate, "only images can be blurred", "--run", plane_run, "--baseline", "blur")
+    bad(evaluate, "how strong the corruption is", "--run", plane_run, "--baseline", "early_stop")
     bad(attack, "runs is empty")
     bad(attack, "steps_attacked is 250", digits_run, "--steps-attacked", 250)
     bad(attack, "phi is 0", digits_run, "--phi", 0.0)
