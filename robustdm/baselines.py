@@ -82,8 +82,8 @@ class Shrunk(nn.Module):
     """A DDPM's network, queried as if the noise had the variance s^2 (1 + c_t).
 
     At timestep t the state counts as one of timestep t', the nearest with s'/a' = sqrt(1 + c_t)
-    s/a: the network is asked at (x a'/a, t'), and what it takes for clean data is turned back into a
-    noise prediction at t. Where the schedule has no noise as strong, t' is its last timestep.
+    s/a: the network is asked at (x a'/a, t'), and what it takes for clean data is turned back into
+    a noise prediction at t. Where the schedule has no noise as strong, t' is its last timestep.
 
     Args:
         model: what ``predict_noise`` takes, trained as a plain DDPM.
