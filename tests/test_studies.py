@@ -88,9 +88,14 @@ def test_summaries():
     assert len({len(line) for line in table}) == 1
 
 
-def test_claims_say_reached_or_missed():
-    assert str(Claim("x", 0.2, "at most 0.3", True)) == "reached  x: 0.2 (at most 0.3)"
-    assert str(Claim("x", 0.4, "at most 0.3", False)).startswith("MISSED ")
+def test_claims_have_a_verdict():
+    assert str(Claim("x", 0.2, "at most 0.3", True)) == "holds: x: 0.2 (at most 0.3)"
+    assert str(Claim("x", 0.4, "at most 0.3", False)).startswith("FAILS: x")
+    of_paper = Claim("x", Spread(0.5, 0.1), "below 1", True, "0.4")
+    assert str(of_paper) == "reproduced: x: 0.5 ±0.1 (below 1; paper: 0.4)"
+    assert replace(of_paper, holds=False).verdict == "NOT reproduced"
+    assert str(replace(of_paper, value=None, holds=None)) == (
+        "not tested at this scale: x (paper: 0.4)")
 
 
 def test_wrong_numbers_are_refused():

@@ -66,7 +66,8 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
         table = text_table(rows, markdown=True)
         sections += [f"## {group}, {seeds} seeds", table]
         print(f"{group}\n{table}\n")
-        _figures(out, [arm for arm in todo if arm.group == group and arm.config.seed == 0])
+        shown = [arm for arm in todo if arm.group == group and arm.config.seed == 0]
+        plots.save(figure(out, shown), out / f"{preset}.png")
     plane, gaussians = means.values()
     claims = []
     for mode in ("ray", "x"):
@@ -83,7 +84,7 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     return claims
 
 
-def _figures(out: Path, shown: list[Arm]) -> None:
+def figure(out: Path, shown: list[Arm]):
     """Samples, sampling paths and score field of every shown arm, one column each."""
     shown = [arm for arm in shown if arm.name in SHOWN]
     data = load_data(shown[0].config)
@@ -124,7 +125,7 @@ def _figures(out: Path, shown: list[Arm]) -> None:
             score = -model(points, t) / s
         error = float((score - true).norm() / true.norm())
         _field(axes[2, column], flat, score.numpy() @ plane, f"score, rel. error {error:.2f}")
-    plots.save(made, out / f"{data.name}.png")
+    return made
 
 
 def _scatter(ax, points: np.ndarray, title: str, limits=None) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,27 +18,38 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from robustdm.attacks import TrajectoryAttack
+from robustdm.baselines import Baseline
 from robustdm.data import Data, batches, load_data
 from robustdm.errors import RunError
+from robustdm.evaluation import Generator, features_of, generate, measure
+from robustdm.features import cache_directory, load_extractor
 from robustdm.models import build_model
-from robustdm.sampling import sample
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
+from robustdm.training.run import schedule_of
 from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
-from robustdm.training.trainer import Trainer
+from robustdm.training.trainer import Trainer, resolve_device
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a study and how it is measured.
+    """One training run of a study, and one way of sampling from it and measuring the samples.
+
+    Arms of the same training share its weights: only the first of them trains.
 
     Attributes:
         group: data set the arm belongs to; one table each.
         name: row of the table.
         config: its training configuration; ``seed`` tells repeats apart.
         samples: number of samples that are measured.
-        sampler, sampling_steps: how they are drawn; None visits every timestep.
+        sampler, sampling_steps, spacing: how they are drawn; steps None visits every timestep.
         make_data: builds the data from the configuration; a module-level function.
+        baseline: what is done against noise while sampling.
+        attack: what is done to the sampling trajectory.
+        features, weights: feature space in which Frechet distance, precision and recall to the
+            clean data are added to the data's own measures; see ``load_extractor``.
+        batch_size: samples drawn at once.
     """
 
     group: str
@@ -47,58 +59,109 @@ class Arm:
     sampler: str = "ddpm"
     sampling_steps: int | None = None
     make_data: Callable[[TrainConfig], Data] = load_data
+    spacing: str = "linspace"
+    baseline: Baseline | None = None
+    attack: TrajectoryAttack | None = None
+    features: str | None = None
+    weights: Path | None = None
+    batch_size: int = 2000
+
+    @property
+    def training_key(self) -> str:
+        """Name of the files of the training alone."""
+        # Not what a resumed run may change, such as logging: that leaves the weights as they are.
+        bookkeeping = set(CHANGEABLE) - {"steps", "lr", "data_dir"}
+        config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
+        return (f"{self.config.data}-{self.config.objective}-seed{self.config.seed}-"
+                f"{_digest([config, self.make_data.__qualname__])}")
 
     @property
     def key(self) -> str:
         """Name of the arm's files: what it is, and a hash of everything that decides it."""
-        # Not what a resumed run may change, such as logging: that leaves the weights as they are.
-        bookkeeping = set(CHANGEABLE) - {"steps", "lr", "clip_samples", "data_dir"}
-        config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
-        values = {**dataclasses.asdict(self), "config": config,
-                  "make_data": self.make_data.__qualname__}
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-        name = self.name.replace(" ", "-").replace("(", "").replace(")", "").replace("/", "-")
-        return f"{self.group}-{name}-seed{self.config.seed}-{digest.hexdigest()[:8]}"
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                  if f.name not in ("config", "make_data")}
+        values |= {"training": self.training_key, "clip": self.config.clip_samples}
+        words = re.sub(r"[^\w.,=-]+", "-", f"{self.group}-{self.name}").strip("-")
+        return f"{words}-seed{self.config.seed}-{_digest(values)}"
 
 
-def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
-    """Train and measure one arm; writes its record, weights and samples into ``kept``."""
-    torch.set_num_threads(threads)
+def _digest(values) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _train(arm: Arm, kept: Path, data: Data) -> dict:
+    """Train, unless that is done; returns what is known of the training."""
+    path = kept / f"{arm.training_key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    trainer = Trainer(arm.config, arm.make_data(arm.config))
+    trainer = Trainer(arm.config, data)
     stream = batches(trainer.data, arm.config, 0, trainer.device)
     for _ in range(arm.config.steps):
         trainer.train_step(next(stream)[0])
     window = trainer.window()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    trained, train_cpu = time.perf_counter(), time.process_time() - begin_cpu
-    samples = sample(
-        trainer.emas[0].model, trainer.schedule, trainer.data.shape, num=arm.samples,
-        sampler=arm.sampler, steps=arm.sampling_steps, seed=arm.config.seed,
-        clip=arm.config.clip_samples, batch_size=2000, device=trainer.device,
-    )
+    record = {
+        "fit": window.get("fit"),
+        "reg": window.get("reg"),
+        "skipped": window["skipped"],
+        "train_s": time.perf_counter() - begin,
+        # What other work on the machine does not stretch.
+        "train_cpu_s": time.process_time() - begin_cpu,
+    }
+    weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
+    save_file(weights, kept / f"{arm.training_key}.safetensors")
+    # Last: the record is what says that the training is done.
+    path.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
+    """Train, sample and measure one arm; writes record, weights and samples into ``kept``."""
+    torch.set_num_threads(threads)
+    data = arm.make_data(arm.config)
+    device = resolve_device(arm.config.device)
+    trained = _train(arm, kept, data)
+    begin = time.perf_counter()
+    generator = Generator(
+        arm.name, _load_model(arm, kept, data).to(device), schedule_of(arm.config), data.shape,
+        data.is_image, arm.config.clip_samples, data, arm.config.seed)
+    settings = dict(sampler=arm.sampler, steps=arm.sampling_steps, spacing=arm.spacing)
+    samples = torch.cat(list(generate(
+        generator, arm.samples, batch_size=arm.batch_size, seed=arm.config.seed, device=device,
+        precision=arm.config.precision, compile=arm.config.compile, attack=arm.attack,
+        baseline=arm.baseline, **settings)))
     record = {
         "group": arm.group,
         "name": arm.name,
         "seed": arm.config.seed,
-        "measures": trainer.data.measure(samples),
-        "fit": window.get("fit"),
-        "reg": window.get("reg"),
-        "skipped": window["skipped"],
-        "train_s": trained - begin,
-        # What other work on the machine does not stretch.
-        "train_cpu_s": train_cpu,
-        "sample_s": time.perf_counter() - trained,
+        "measures": data.measure(samples) | _feature_measures(arm, data, samples, device),
+        **trained,
+        "sample_s": time.perf_counter() - begin,
+        "samples": arm.samples,
+        "sampling": settings | {
+            "baseline": arm.baseline and dataclasses.asdict(arm.baseline),
+            "attack": arm.attack and dataclasses.asdict(arm.attack)},
         "config": arm.config.to_dict(),
         "git": git_revision(),
     }
-    weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
-    save_file(weights, kept / f"{arm.key}.safetensors")
     save_file({"samples": samples.contiguous()}, kept / f"{arm.key}-samples.safetensors")
     # Last: the record is what says that the arm is done.
     (kept / f"{arm.key}.json").write_text(json.dumps(record, indent=1))
     return record
+
+
+def _feature_measures(arm: Arm, data: Data, samples: torch.Tensor, device) -> dict[str, float]:
+    if arm.features is None:
+        return {}
+    extractor = load_extractor(arm.features, data.shape, arm.weights, device)
+    clean = data.clean(torch.arange(len(data)))
+    found = measure(
+        features_of(extractor, samples),
+        features_of(extractor, clean, cache_directory()).features,
+        ("frechet", "manifold", "inception_score"), splits=1)
+    return {name: float(result["value"]) for name, result in found.items()}
 
 
 def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
@@ -126,20 +189,25 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
         if path.exists():
             records[arm] = json.loads(path.read_text())
     missing = [arm for arm in arms if arm not in records]
+    # First one arm of every training, then those that only sample from it.
+    first = {arm.training_key: arm for arm in reversed(missing)}
+    order = [[a for a in missing if first[a.training_key] is a],
+             [a for a in missing if first[a.training_key] is not a]]
     if records:
         print(f"{len(records)} of {len(arms)} arms are done already", flush=True)
     begin = time.perf_counter()
     # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(run_arm, arm, kept, threads): arm for arm in missing}
         try:
-            for done, future in enumerate(as_completed(running), 1):
-                arm = running[future]
-                records[arm] = future.result()
-                left = (time.perf_counter() - begin) / done * (len(missing) - done)
-                taken = records[arm]["train_s"] + records[arm]["sample_s"]
-                print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, seed {arm.config.seed}: "
-                      f"{taken:.0f} s; {duration(left)} left", flush=True)
+            done = 0
+            for part in order:
+                running = {pool.submit(run_arm, arm, kept, threads): arm for arm in part}
+                for future in as_completed(running):
+                    arm, done = running[future], done + 1
+                    records[arm] = future.result()
+                    left = (time.perf_counter() - begin) / done * (len(missing) - done)
+                    print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, "
+                          f"seed {arm.config.seed}; at most {duration(left)} left", flush=True)
         except Exception as error:
             pool.shutdown(wait=False, cancel_futures=True)
             text = " ".join(str(error).split()) or type(error).__name__
@@ -157,8 +225,12 @@ def arms_directory(out: Path) -> Path:
 
 def load_model(arm: Arm, out: Path) -> torch.nn.Module:
     """The averaged weights of a finished arm, in eval mode on the CPU."""
-    model = build_model(arm.config, arm.make_data(arm.config).shape)
-    model.load_state_dict(load_file(arms_directory(out) / f"{arm.key}.safetensors"))
+    return _load_model(arm, arms_directory(out), arm.make_data(arm.config))
+
+
+def _load_model(arm: Arm, kept: Path, data: Data) -> torch.nn.Module:
+    model = build_model(arm.config, data.shape)
+    model.load_state_dict(load_file(kept / f"{arm.training_key}.safetensors"))
     return model.eval().requires_grad_(False)
 
 
@@ -175,8 +247,8 @@ class Spread:
     sd: float
 
     def __str__(self) -> str:
-        if not self.sd and float(self.mean).is_integer():
-            return f"{self.mean:.0f}"
+        if not self.sd:
+            return f"{self.mean:.0f}" if float(self.mean).is_integer() else f"{self.mean:.3g}"
         return f"{self.mean:.3g} ±{self.sd:.2g}"
 
 
@@ -197,16 +269,38 @@ def summarise(records: Sequence[dict], columns: Sequence[str]) -> dict[str, dict
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that a study is held to."""
+    """A number that a study is held to, or a claim of the paper.
+
+    Attributes:
+        text: what is compared.
+        value: what was found: a number, its spread over seeds, or words; None if not tested.
+        target: what it should be.
+        holds: whether it is; None if that was not tested at this scale.
+        paper: the paper's own number; with one, the verdict speaks of reproduction.
+    """
 
     text: str
-    value: float
+    value: float | Spread | str | None
     target: str
-    holds: bool
+    holds: bool | None
+    paper: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.holds is None:
+            return "not tested at this scale"
+        if self.paper:
+            return "reproduced" if self.holds else "NOT reproduced"
+        return "holds" if self.holds else "FAILS"
 
     def __str__(self) -> str:
-        verdict = "reached" if self.holds else "MISSED "
-        return f"{verdict}  {self.text}: {self.value:.3g} ({self.target})"
+        value = f"{self.value:.3g}" if isinstance(self.value, float) else self.value
+        found = "" if self.value is None else f": {value}"
+        if self.holds is None:
+            return f"{self.verdict}: {self.text} (paper: {self.paper})"
+        paper = f"; paper: {self.paper}" if self.paper else ""
+        return f"{self.verdict}: {self.text}{found} ({self.target}{paper})"
 
 
 def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], records) -> None:

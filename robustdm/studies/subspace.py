@@ -14,6 +14,7 @@ from robustdm.studies.runner import Arm, Claim, run_arms, summarise, write_resul
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
+STEPS = preset_values("subspace")["steps"]
 SDS = [2.0, 1.4, 1.0, 0.7, 0.5]
 NOISE_DIMS = 27
 NOISE_SD = 0.1 * 0.9**0.5

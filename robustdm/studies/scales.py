@@ -1,0 +1,204 @@
+"""The scales at which a table or figure of the paper is reproduced, and what all of them share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustdm.baselines import Baseline
+from robustdm.data import Data, load_data
+from robustdm.errors import UsageError
+from robustdm.studies import subspace
+from robustdm.studies.runner import Arm, Claim, Spread, run_arms
+from robustdm.training.config import TrainConfig, preset_values
+
+SCALES = ("tiny", "small", "full")
+METHODS = {
+    "DDPM": dict(objective="ddpm"),
+    "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
+    "robust_adv": dict(objective="robust_adv", lambda_mode="ray"),
+}
+SHRUNK, STOPPED, BLURRED = "DDPM, shrunk", "DDPM, stopped early", "DDPM, blurred"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs of a reproduction are.
+
+    Attributes:
+        name: of SCALES.
+        base: fields of the training configuration.
+        samples, sampling_steps: what is measured; steps None visits every timestep.
+        attacked_samples, attacked_steps: the same under attack, which costs up to 42 times as much.
+        noise, signal: measures of the noise left and of the signal kept; the latter's mean is 1 for
+            the truth.
+        features, weights: feature space of the Frechet distance.
+        differs: what is not as in the paper, a sentence each.
+        seeds, out, jobs: repeats, directory of the results, processes.
+    """
+
+    name: str
+    base: dict
+    samples: int
+    sampling_steps: int | None
+    attacked_samples: int
+    attacked_steps: int | None
+    noise: str
+    signal: tuple[str, ...]
+    features: str
+    weights: Path | None
+    differs: tuple[str, ...]
+    seeds: int
+    out: Path
+    jobs: int
+    batch_size: int = 2000
+    make_data: Callable[[TrainConfig], Data] = load_data
+
+    @property
+    def is_image(self) -> bool:
+        """Whether samples are images: only those can be blurred."""
+        return self.base["data"] in ("cifar10", "images")
+
+    def arm(self, group: str, name: str, fields: dict, seed: int, **sampling) -> Arm:
+        """An arm of this scale; ``fields`` change the training, ``sampling`` the rest."""
+        config = TrainConfig(**{**self.base, **fields, "seed": seed})
+        return Arm(group, name, config, **({
+            "samples": self.samples, "sampling_steps": self.sampling_steps,
+            "features": self.features, "weights": self.weights, "make_data": self.make_data,
+            "batch_size": self.batch_size} | sampling))
+
+    def baselines(self, group: str, fields: dict, seed: int, sigma: float) -> list[Arm]:
+        """What the plain DDPM of a group can do without training; corruption ``sigma``, if any."""
+        known = {SHRUNK: Baseline("shrink")}
+        if sigma:
+            known[STOPPED] = Baseline("early_stop", sigma)
+        if self.is_image:
+            known[BLURRED] = Baseline("blur")
+        return [self.arm(group, name, METHODS["DDPM"] | fields, seed, baseline=baseline)
+                for name, baseline in known.items()]
+
+    def run(self, arms: Sequence[Arm]) -> list[dict]:
+        """Records of the arms, with the measure ``signal`` added."""
+        records = run_arms(arms, self.out, self.jobs)
+        for record in records:
+            found = [record["measures"][k] for k in self.signal if k in record["measures"]]
+            if found:
+                record["measures"]["signal"] = statistics.fmean(found)
+        return records
+
+
+def corrupted(sigma: float) -> dict:
+    """Fields of a training set of which 90 % carry noise of this standard deviation."""
+    return dict(corrupt_fraction=0.9 if sigma else 0.0, corrupt_sigma=sigma)
+
+
+def noise_name(sigma: float) -> str:
+    """Name of a group."""
+    return f"90 % with sigma {sigma:g}" if sigma else "clean data"
+
+
+def make_scale(
+    name: str, out: Path, seeds: int, jobs: int, steps: int | None, data_dir: Path | None = None,
+    features: str = "auto", weights: Path | None = None,
+) -> Scale:
+    """The scale of a name.
+
+    Args:
+        out, seeds, jobs: see ``Scale``.
+        steps: optimizer steps in place of the scale's own.
+        data_dir: CIFAR-10 (small, full).
+        features, weights: feature space of the Frechet distance (small, full).
+
+    Raises:
+        UsageError: for an unknown scale, or where data or a feature space are missing.
+    """
+    if name not in SCALES:
+        raise UsageError(f"scale is {name!r}: choose one of {', '.join(SCALES)}")
+    common = dict(name=name, seeds=seeds, out=out, jobs=jobs)
+    if name == "tiny":
+        for key, value in (("data_dir", data_dir), ("weights", weights)):
+            if value is not None:
+                raise UsageError(f"{key} is {str(value)!r}: tiny makes its own data; use --scale "
+                                 "small or full")
+        base = preset_values("subspace") | ({"steps": steps} if steps else {})
+        return Scale(
+            base=base, samples=500, sampling_steps=None, attacked_samples=256, attacked_steps=100,
+            noise="off_subspace_sd", signal=tuple(f"component_ratio_{k}" for k in range(1, 6)),
+            features="pixels", weights=None, make_data=subspace.make_data, **common,
+            differs=(
+                "Data: a Gaussian of rank 5 in R^32 (standard deviations 2 to 0.5), 5,000 points, "
+                "in place of images; so noise and signal are measured exactly.",
+                f"Network and budget: a residual MLP, {base['steps']:,} steps of "
+                f"{base['batch_size']}, in place of a UNet trained for hundreds of thousands.",
+                "Frechet distance of the points themselves, 500 samples against the clean set, in "
+                "place of FID of 50,000 images: only orders and ratios can be compared.",
+            ))
+    if data_dir is None:
+        raise UsageError(f"data_dir is not given: --scale {name} trains on CIFAR-10, name your "
+                         "copy")
+    if features == "auto":
+        raise UsageError(f"features is 'auto': --scale {name} needs a feature space; use "
+                         "--features inception (the paper's), or resnet56 with --weights")
+    base = preset_values("cifar10") | dict(data_dir=data_dir, compile=True)
+    seen = f"Frechet distance in {features} features"
+    if features != "inception":
+        seen += ", which is not FID: only orders and ratios can be compared"
+    if name == "small":
+        base |= dict(block_channels=(64, 128, 128), layers_per_block=2, batch_size=128,
+                     steps=steps or 4000, lr=2e-4, warmup_steps=200, ema_rates=(0.999,),
+                     dropout=0.0)
+        return Scale(
+            base=base, samples=2500, sampling_steps=100, attacked_samples=500, attacked_steps=50,
+            noise="noise_level", signal=(), features=features, weights=weights, batch_size=500,
+            **common, differs=(
+                f"A UNet of 7 million parameters, {base['steps']:,} steps of 128.",
+                f"{seen}; 2,500 samples by 100 respaced steps."))
+    base |= {"steps": steps} if steps else {}
+    return Scale(
+        base=base, samples=50_000, sampling_steps=None, attacked_samples=10_000,
+        attacked_steps=None, noise="noise_level", signal=(), features=features, weights=weights,
+        batch_size=500, **common, differs=(
+            f"The paper does not say how long it trained: here {base['steps']:,} steps of 128, the "
+            "35.7 M network of google/ddpm-cifar10-32.",
+            f"{seen}; 50,000 samples, 10,000 under attack."))
+
+
+# What is read out of records.
+
+
+def by_seed(records: Sequence[dict], group: str, name: str, measure: str) -> list[float]:
+    """One arm's measure, a value per seed in rising order."""
+    found = [r for r in records if (r["group"], r["name"]) == (group, name)]
+    return [r["measures"][measure] for r in sorted(found, key=lambda r: r["seed"])]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation over seeds."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def ratio_claim(
+    text: str, above: Sequence[float], below: Sequence[float], at_most: float = 1.0,
+    at_least: float | None = None, paper: str = "",
+) -> Claim:
+    """A claim on the ratio of two measures; it holds if it does with every seed.
+
+    Args:
+        above, below: numerator and denominator, a value per seed.
+        at_most: upper limit of the ratio, unless ``at_least`` is given: the lower one.
+        paper: the paper's ratio.
+    """
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    if at_least is None:
+        target, fits = f"below {at_most:g}", [r < at_most for r in ratios]
+    else:
+        target, fits = f"above {at_least:g}", [r > at_least for r in ratios]
+    found = f"{spread(ratios)}; {sum(fits)} of {len(fits)} seeds"
+    return Claim(text, found, target, all(fits), paper)
+
+
+def untested(text: str, paper: str) -> Claim:
+    """A claim that this scale says nothing about."""
+    return Claim(text, None, "", None, paper)
