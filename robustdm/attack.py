@@ -6,10 +6,8 @@ same size. What an attack does is its distance above the random control, not abo
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +16,6 @@ import tyro
 from robustdm.cli import guard
 from robustdm.errors import UsageError
 
-PLAIN = "none"
-SHOWN = 16
 _CHECKED_STEPS = 8
 
 
@@ -98,93 +94,43 @@ def attack(config: AttackConfig) -> dict:
         UsageError: for a wrong run or setting.
         RunError: if sampling fails.
     """
-    import torch
-
-    from robustdm import evaluation
     from robustdm.attacks import TrajectoryAttack, attacked_steps
-    from robustdm.features import cache_directory, load_extractor
-    from robustdm.tables import text_table
-    from robustdm.training.progress import sampling_progress
-    from robustdm.training.rundir import provenance
+    from robustdm.comparison import Comparison, open_runs
     from robustdm.training.trainer import resolve_device
 
-    if not config.runs:
-        raise UsageError("runs is empty: name one or more run directories")
     if not config.steps_attacked:
         raise UsageError("steps_attacked is empty: give shares from 0 to 1")
     device = resolve_device(config.device)
-    attacks = {(PLAIN, 0.0): None}
-    for method in dict.fromkeys(config.methods):
-        for share in config.steps_attacked:
-            attacks[method, share] = TrajectoryAttack(
-                method, share, config.where, config.seed, config.variance, config.size, config.phi,
-                config.objective, config.iterations)
-    names = _names(config.runs)
-    generators = {
-        name: evaluation.open_run(run, device, config.ema)
-        for name, run in zip(names, config.runs, strict=True)
-    }
-    steps = config.steps or 1000
-    settings = dict(sampler="ddpm", steps=config.steps, spacing=config.spacing,
-                    variance=config.variance)
-    rows, pictures, checks, entries = {}, {}, {}, []
-    done, jobs = 0, len(generators) * len(attacks)
+    attacks = [None, *(
+        TrajectoryAttack(method, share, config.where, config.seed, config.variance, config.size,
+                         config.phi, config.objective, config.iterations)
+        for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
+    generators = open_runs(config.runs, device, config.ema)
+    compared, checks = Comparison(config, device), {}
     for name, generator in generators.items():
-        extractor = load_extractor(config.features, generator.shape, config.weights, device,
-                                   config.quantise)
-        clean = generator.data.clean(torch.arange(len(generator.data)))
-        reference = evaluation.features_of(extractor, clean, cache_directory()).features
         steps = config.steps or len(generator.schedule)
-        for (method, share), made in attacks.items():
-            done += 1
-            what = f"[{done}/{jobs}] {name}, {method} {share:.0%}"
-            with sampling_progress(config.num, what) as progress:
-                features, samples = evaluation.extract(extractor, evaluation.generate(
-                    generator, config.num, batch_size=config.batch_size, seed=config.seed,
-                    precision=config.precision, compile=config.compile, attack=made,
-                    progress=progress, device=device, **settings))
-            results = evaluation.measure(
-                features, reference, ("frechet", "manifold", "deviation"), splits=4)
-            hit = sum(attacked_steps(steps, share, config.where)) if made else 0
-            row = {"steps attacked": hit, **{
-                evaluation.label(k, extractor): float(results[k]["value"])
-                for k in ("frechet", "precision", "recall", "deviation")}}
-            measured = generator.data.measure(samples)
-            rows[f"{name}, {method} {share:.0%}" if made else f"{name}, no attack"] = row | measured
-            entries.append({"run": name, "method": method, "share": share, "steps_attacked": hit,
-                            "results": results, "measures": measured})
-            pictures[name, method, share] = samples[:SHOWN]
-            print(f"{what}: {evaluation.label('frechet', extractor)} {row[_first(row)]:.4g}",
-                  flush=True)
+        for made in attacks:
+            what = "no attack" if made is None else f"{made.method} {made.share:.0%}"
+            hit = sum(attacked_steps(steps, made.share, config.where)) if made else 0
+            facts = {"method": made and made.method, "share": made.share if made else 0.0,
+                     "steps attacked": hit}
+            compared.add(name, generator, what, facts,
+                         f"[{len(compared.rows) + 1}/{len(generators) * len(attacks)}] {name}, "
+                         f"{what}", attack=made, steps=config.steps, spacing=config.spacing,
+                         variance=config.variance)
         checks[name] = _raised(generator, config, device)
-    record = {
-        "config": {k: _plain(v) for k, v in asdict(config).items()}, "runs": names,
-        "features": extractor.identity, "entries": entries, "objective_raised": checks,
-        "provenance": provenance(),
-    }
-    print(text_table(rows))
+    record = compared.record(objective_raised=checks)
+    print(compared.table())
     for name, check in checks.items():
         print(f"{name}: the objective above the random control's in "
               + ", ".join(f"{m} {r['raised']} of {r['checked']} steps" for m, r in check.items()))
-    _write(config.out, record, rows, pictures, evaluation.label("frechet", extractor))
-    print(f"page: {config.out / 'attack.html'}")
+    compared.write(
+        "attack", "Attacks on the sampling trajectory",
+        "The controls are no attack, and random signs of the same size: an attack is as strong as "
+        "its distance from those. Distances reward shrinkage, so recall and deviation (1 is the "
+        "clean spread) stand beside them.",
+        compared.lines("method", "share", "share of steps attacked"), record)
     return record
-
-
-def _first(row: dict) -> str:
-    return next(key for key in row if key != "steps attacked")
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, or the whole paths where those are the same."""
-    short = [Path(run).name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run) for run in runs]
-
-
-def _plain(value):
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]]:
@@ -224,54 +170,6 @@ def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]
             x = chain.ddpm_step(k, x, predict_noise(generator.model, x, t), z, config.variance,
                                 generator.clip)
     return counts
-
-
-def _write(out: Path, record: dict, rows: dict, pictures: dict, title: str) -> None:
-    from robustdm import plots, webpage
-    from robustdm.images import grid, to_pil
-    from robustdm.training.rundir import write_text
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
-    made, axes = plots.figure(1, 2, size=(4.6, 3.4))
-    for ax, metric in zip(axes[0], ("frechet", "recall"), strict=True):
-        for colour, run in zip(plots.COLOURS, record["runs"], strict=False):
-            for style, method in zip(("-", "--", ":", "-."), dict.fromkeys(
-                    e["method"] for e in record["entries"] if e["method"] != PLAIN), strict=False):
-                points = [(e["share"], e["results"][metric]["value"]) for e in record["entries"]
-                          if e["run"] == run and e["method"] in (method, PLAIN)]
-                ax.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3,
-                        color=colour, label=f"{run}, {method}")
-        ax.set(xlabel="share of steps attacked", title=title if metric == "frechet" else metric)
-    axes[0, 0].legend(fontsize=6)
-    plots.save(made, out / "attack.png")
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    body = [
-        "<header><h1>Attacks on the sampling trajectory</h1></header>",
-        webpage.section("Table", webpage.soft(
-            "The controls are no attack, and random signs of the same size: an attack is as strong "
-            "as its distance from those. Distances reward shrinkage, so recall and "
-            "deviation (1 is the clean spread) stand beside them."), webpage.table(
-            [[name, *(f"{row[c]:.4g}" if c in row else "-" for c in columns)]
-             for name, row in rows.items()], ["", *columns], numbers=True)),
-        webpage.section("Against the share of attacked steps",
-                        webpage.picture(plots.png_bytes(made))),
-    ]
-    cards = ""
-    for (run, method, share), samples in pictures.items():
-        if samples.ndim == 4:
-            buffer = io.BytesIO()
-            to_pil(grid(samples)).save(buffer, format="png")
-            cards += webpage.picture(buffer.getvalue(), f"{run}, {method} {share:.0%}")
-    if cards:
-        body.append(webpage.section("Samples, from the same noise",
-                                    f'<div class="cards small">{cards}</div>'))
-    made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
-    body.append(webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"))
-    write_text(out / "attack.html", webpage.document("Attacks", body))
-    write_text(out / "attack.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ import pytest
 import torch
 from test_sample import make_run
 
-from robustdm import RunError, UsageError, attack, evaluate, evaluation, features, memorise
+from robustdm import (
+    RunError,
+    UsageError,
+    attack,
+    evaluate,
+    evaluation,
+    features,
+    memorise,
+    steps,
+)
 from robustdm.baselines import blur
 from robustdm.data.digits import load_digits
 from robustdm.images import save_images
@@ -45,7 +54,8 @@ def digits_npz(tmp_path_factory):
 
 def run(module, out, *flags):
     module.main([*map(str, flags), "--out", str(out)])
-    name = {evaluate: "evaluation", attack: "attack", memorise: "memorise"}[module]
+    name = {evaluate: "evaluation", attack: "attack", memorise: "memorise",
+            steps: "steps"}[module]
     return json.loads((out / f"{name}.json").read_text())
 
 
@@ -188,9 +198,9 @@ def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, cap
     record = run(attack, tmp_path / "out", digits_run, "--num", 70, "--steps", 3, "--methods",
                  "random", "fgsm", "--steps-attacked", 0.5, 1.0)
     cells = {(e["method"], e["share"]): e for e in record["entries"]}
-    assert set(cells) == {("none", 0.0), ("random", 0.5), ("random", 1.0), ("fgsm", 0.5),
+    assert set(cells) == {(None, 0.0), ("random", 0.5), ("random", 1.0), ("fgsm", 0.5),
                           ("fgsm", 1.0)}
-    assert [cells[c]["steps_attacked"] for c in cells] == [0, 2, 3, 2, 3]
+    assert [cells[c]["steps attacked"] for c in cells] == [0, 2, 3, 2, 3]
     values = {c: e["results"]["frechet"]["value"] for c, e in cells.items()}
     assert len(set(values.values())) == 5
     assert record["objective_raised"]["digits0"]["fgsm"]["checked"] == 2
@@ -202,6 +212,17 @@ def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, cap
     still = run(attack, tmp_path / "none", digits_run, "--num", 70, "--steps", 3, "--size", 0.0,
                 "--methods", "fgsm", "--steps-attacked", 1.0)["entries"]
     assert still[0]["results"] == still[1]["results"]
+
+
+def test_fewer_steps(digits_run, plane_run, tmp_path, capsys):
+    record = run(steps, tmp_path / "out", digits_run, "--num", 70, "--steps", 4, 2, "--samplers",
+                 "ddpm", "ddim", "--spacings", "linspace", "truncate")
+    ways = [(e["sampler"], e["spacing"], e["steps"]) for e in record["entries"]]
+    assert len(set(ways)) == 8 and ways[:2] == [("ddpm", "linspace", 2), ("ddpm", "linspace", 4)]
+    assert len({e["results"]["frechet"]["value"] for e in record["entries"]}) == 8
+    assert (tmp_path / "out/steps.png").exists()
+    run(steps, tmp_path / "both", plane_run, digits_run, "--num", 70, "--steps", 2)
+    assert "[4/4] digits0, ddim 2" in capsys.readouterr().out
 
 
 def test_memorised_images_are_found(digits_run, digits_npz, tmp_path):
@@ -275,6 +296,8 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     bad(attack, "runs is empty")
     bad(attack, "steps_attacked is 250", digits_run, "--steps-attacked", 250)
     bad(attack, "phi is 0", digits_run, "--phi", 0.0)
+    bad(steps, "runs is empty")
+    bad(steps, "steps is 2000: it must be from 1", digits_run, "--steps", 4, 2000)
     bad(memorise, "one of --run and --samples")
     bad(memorise, "train is not given", "--samples", clean)
     bad(memorise, "trained on points", "--run", plane_run)

@@ -53,7 +53,7 @@ def test_the_package_itself_is_lazy():
 
 
 @pytest.mark.parametrize("entry", [
-    "train", "sample", "report", "reproduce", "plan", "attack", "evaluate", "memorise",
+    "train", "sample", "report", "reproduce", "plan", "attack", "evaluate", "memorise", "steps",
 ])
 def test_help_needs_no_torch(entry):
     out = python(
@@ -89,7 +89,8 @@ LAYERS = {
     "dropout": (),
     "models": ("errors", "models", "ops", "dropout", "training.config"),
 }
-ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise")
+ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise",
+                "steps")
 
 
 def imports_of(path):

@@ -1,15 +1,26 @@
 """The studies' machinery: arms, their reuse, tables and claims, on runs of a few steps."""
 
 import json
+import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
 from robustdm import UsageError
 from robustdm.models import PointMLP
-from robustdm.reproduce import main
-from robustdm.studies import approximations, digits, invitro, lambda_mode, subspace
+from robustdm.reproduce import STUDIES, main
+from robustdm.studies import (
+    approximations,
+    denoising,
+    digits,
+    flow,
+    invitro,
+    lambda_mode,
+    scales,
+    subspace,
+)
 from robustdm.studies.runner import Claim, Spread, arms_directory, load_samples, run_arm, summarise
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
@@ -41,7 +52,7 @@ def test_keys_tell_arms_apart_and_survive_a_change_of_defaults():
     shared = {a.key for a in subspace.arms(3, None) + invitro.arms(3, None) + digits.arms(3, None)}
     missing = {key.rsplit("-seed")[0] for key in set(keys) - shared}
     assert missing == {f"{group}-robust_adv-{mode}" for mode in ("std", "literal")
-                       for group in ("subspace", "gaussians, outliers", "digits")}
+                       for group in ("subspace", "gaussians,-outliers", "digits")}
     for made in subspace.arms(1, None) + digits.arms(1, None):
         assert made.config.lambda_mode in made.name or "adv" not in made.name
 
@@ -172,3 +183,149 @@ def test_ten_small_steps_go_further_than_one_and_stay_in_the_ball():
     delta = approximations.projected_gradient(moved, draw)
     assert (delta.abs() <= draw.radius[:, None] * (1 + 1e-12)).all()
     assert moved(delta).square().sum() > moved(loss.delta).square().sum()
+
+
+# The paper's tables and figures.
+
+
+def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
+    """Run one on hardly trained networks; returns its record, its claims and its page."""
+    made = scales.make_scale
+
+    def quick(*a):
+        return replace(made(*a), samples=60, sampling_steps=3, attacked_samples=60,
+                       attacked_steps=4)
+
+    monkeypatch.setattr(scales, "make_scale", quick)
+    monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "arms-beside" / name
+    assert main([name, "--seeds", str(seeds), "--steps", str(steps), "--jobs", "1", "--out",
+                 str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    return results["arms"], results["claims"], (out / "page.html").read_text()
+
+
+def test_figure_3(tmp_path, monkeypatch, capsys):
+    arms, claims, page = paper_study("fig3", tmp_path, monkeypatch, seeds=2)
+    rows = {(r["group"], r["name"]) for r in arms}
+    assert len(rows) == 13 and len(arms) == 26
+    assert {n for g, n in rows if "90 %" in g} >= {
+        "DDPM, shrunk", "DDPM, stopped early", "invariance, lam 0.03"}
+    ddpm, shrunk = (next(r for r in arms if r["name"] == n and "90 %" in r["group"])
+                    for n in ("DDPM", "DDPM, shrunk"))
+    assert ddpm["train_s"] == shrunk["train_s"], "a baseline trains nothing"
+    assert ddpm["measures"] != shrunk["measures"]
+    error = ddpm["measures"]["rho"] ** 2 / 32  # of a sample of mean error, about
+    assert ddpm["measures"]["psnr"] == pytest.approx(-10 * math.log10(error / 4), abs=1)
+    said = capsys.readouterr().out
+    assert "reproduced: " in said and "of 2 seeds" in said and "<img" in page
+    assert all(c["holds"] is not None for c in claims)
+
+
+def test_tables_1_and_2_share_their_training(tmp_path, monkeypatch):
+    scale = scales.make_scale("tiny", tmp_path / "x", 1, 1, None)
+    assert scale.arm("a", "DDPM", scales.METHODS["DDPM"], 0).training_key == scale.arm(
+        "b", "DDIM", scales.METHODS["DDPM"], 0, sampler="ddim").training_key
+    monkeypatch.setattr(denoising, "CURVE", (2, 300, 500, 1000))
+    monkeypatch.setattr(denoising, "FEWER", (300, 500))
+    quick = dict(sampling_steps=2)
+    arm = scales.Scale.arm
+    monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
+                                                                           **quick))
+    arms, claims, _ = paper_study("table1", tmp_path, monkeypatch)
+    trained = {a["train_s"] for a in arms}
+    assert len(trained) == 3 + 3 + 2, "three methods at two sigmas, two on clean"
+    arms, claims, page = paper_study("table2", tmp_path, monkeypatch)
+    new = {a["train_s"] for a in arms} - trained
+    assert not new, "table 2 trained again what table 1 had"
+    verdicts = {c["paper"]: c["holds"] for c in claims}
+    assert verdicts["83.8 / 97.6"] is None and "not tested at this scale" in page
+    assert "102.68" in page
+
+
+def test_figure_8(tmp_path, monkeypatch):
+    arms, claims, page = paper_study("fig8", tmp_path, monkeypatch)
+    rows = {r["name"] for r in arms}
+    assert len(rows) == 2 * (1 + 4 * 4) and len({r["train_s"] for r in arms}) == 2
+    assert sum(c["paper"].count("/") == 1 for c in claims) >= 12 + 4
+    of = {(r["name"], r["seed"]): r["measures"]["frechet"] for r in arms}
+    assert len({of[f"DDPM, fgsm {s}%", 0] for s in (25, 50, 75, 100)}) == 4
+
+
+def test_figures_7_and_24(tmp_path, monkeypatch):
+    arms, claims, page = paper_study("fig7", tmp_path, monkeypatch)
+    assert len(arms) == 10 and "predicted signal" in page and len(claims) == 6
+    arms, claims, _ = paper_study("fig24", tmp_path, monkeypatch, steps=4)
+    assert {a["config"]["steps"] for a in arms} == {1, 2, 4, 8} and len(claims) == 4
+
+
+def test_figures_2_and_6(tmp_path, monkeypatch):
+    made = invitro.arms
+    monkeypatch.setattr(flow, "_DRAWN", 20)
+    monkeypatch.setattr(invitro, "arms", lambda *a: [replace(x, **QUICK) for x in made(*a)])
+    arms, claims, page = paper_study("fig2", tmp_path, monkeypatch)
+    assert len(arms) == 2 * 4 and page.count("<img") == 3
+    for arm in arms:
+        assert 0.9 < arm["measures"]["score_error"] < 3, "an untrained network knows no score"
+    arms, claims, _ = paper_study("fig6-right", tmp_path, monkeypatch)
+    assert all(1 < a["measures"]["cells"] < 6400 for a in arms)
+    assert all(0 < a["measures"]["straightness"] <= 1 for a in arms)
+    assert claims[-1]["holds"] is None
+
+
+def test_memorisation_of_digits(tmp_path, monkeypatch):
+    arm = scales.Scale.arm
+    quick = dict(samples=70, sampling_steps=2)
+    monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
+                                                                           **quick))
+    arms, claims, page = paper_study("fig6-left", tmp_path, monkeypatch)
+    assert {a["name"] for a in arms} == {
+        "DDPM", "robust_adv", "held-out images", "blurred training images"}
+    means = {a["name"]: a["measures"]["mean"] for a in arms}
+    assert 0.9 < means["held-out images"] < 1, "held-out digits are not in the training set"
+    assert means["DDPM"] < means["held-out images"]
+
+
+def test_calibration(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path))
+    out = tmp_path / "calibration"
+    assert main(["calibration", "--seeds", "2", "--features", "pixels", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    found = {r["name"]: r["measures"]["frechet"] for r in results["arms"] if r["seed"] == 0}
+    # Noise adds p sigma^2 to every variance; in pixels that is the distance, nearly.
+    assert found["sigma 0.2, float"] > 2 * found["sigma 0.1, float"] > 0
+    assert found["sigma 0.1, 8-bit, sigma for [0, 1]"] == pytest.approx(
+        found["sigma 0.2, 8-bit files"], rel=0.1)
+    assert "not tested at this scale" in capsys.readouterr().out
+    assert all(c["holds"] is None for c in results["claims"]), "pixels are not Inception's"
+
+
+def test_the_list_names_every_study(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, study in STUDIES.items():
+        assert any(line.startswith(f"{name} ") and study.claim in line for line in lines)
+        module, function = study.where.split(":")
+        assert callable(getattr(import_module(f"robustdm.studies.{module}"), function))
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "name is not given"),
+    (["subspace", "--scale", "small"], "the scales of subspace are: none"),
+    (["fig2", "--scale", "full"], "the scales of fig2 are: tiny"),
+    (["table2", "--scale", "small"], "data_dir is not given"),
+    (["table2", "--scale", "small", "--data-dir", "x"], "needs a feature space"),
+    (["table2", "--data-dir", "x"], "tiny makes its own data"),
+    (["table2", "--steps", "0"], "steps is 0"),
+])
+def test_wrong_reproductions_are_refused(args, words):
+    with pytest.raises(UsageError, match=words):
+        main(args)
+
+
+def test_a_claim_needs_every_seed():
+    claim = scales.ratio_claim("x", [1.0, 3.0], [2.0, 2.0])
+    assert not claim.holds and claim.value == "1 ±0.71; 1 of 2 seeds" and claim.target == "below 1"
+    assert scales.ratio_claim("x", [1.0, 1.5], [2.0, 2.0]).holds
+    assert scales.ratio_claim("x", [3.0, 5.0], [2.0, 2.0], at_least=1.4).holds
+    assert not scales.ratio_claim("x", [2.0, 5.0], [2.0, 2.0], at_least=1.4).holds

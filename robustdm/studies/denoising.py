@@ -169,7 +169,7 @@ def _bars(ax, groups: dict[str, dict], measure: str) -> None:
                yerr=[v.sd for v in found], label=group, color=plots.COLOURS[i])
     ax.set_xticks([k + width / 2 for k in range(len(names))], names, rotation=40, ha="right",
                   fontsize=6)
-    ax.set(title=measure, yscale="log")
+    ax.set(title=measure, yscale="log" if measure == "rho" else "linear")
     ax.legend(fontsize=6)
 
 

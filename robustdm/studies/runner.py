@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -196,26 +196,41 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
     if records:
         print(f"{len(records)} of {len(arms)} arms are done already", flush=True)
     begin = time.perf_counter()
-    # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        try:
-            done = 0
+    for done, (arm, record) in enumerate(_finished(order, kept, jobs, threads), 1):
+        records[arm] = record
+        left = (time.perf_counter() - begin) / done * (len(missing) - done)
+        print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, seed {arm.config.seed}; "
+              f"at most {duration(left)} left", flush=True)
+    return [records[arm] for arm in arms]
+
+
+def _finished(
+    order: Sequence[Sequence[Arm]], kept: Path, jobs: int, threads: int
+) -> Iterator[tuple[Arm, dict]]:
+    """Arms and their records, as they finish; a part begins when the one before is done."""
+    arm = None
+    try:
+        if jobs == 1:
+            for arm in (arm for part in order for arm in part):
+                yield arm, run_arm(arm, kept, threads)
+            return
+        # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             for part in order:
                 running = {pool.submit(run_arm, arm, kept, threads): arm for arm in part}
-                for future in as_completed(running):
-                    arm, done = running[future], done + 1
-                    records[arm] = future.result()
-                    left = (time.perf_counter() - begin) / done * (len(missing) - done)
-                    print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, "
-                          f"seed {arm.config.seed}; at most {duration(left)} left", flush=True)
-        except Exception as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise RunError(
-                f"{arm.group} / {arm.name}, seed {arm.config.seed} failed: {text}; finished arms "
-                f"are kept in {kept}, the same command goes on from there"
-            ) from error
-    return [records[arm] for arm in arms]
+                try:
+                    for future in as_completed(running):
+                        arm = running[future]
+                        yield arm, future.result()
+                except Exception:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"{arm.group} / {arm.name}, seed {arm.config.seed} failed: {text}; finished arms are "
+            f"kept in {kept}, the same command goes on from there"
+        ) from error
 
 
 def arms_directory(out: Path) -> Path:

@@ -65,7 +65,7 @@ def timecost(scale: Scale) -> list[Claim]:
     return write_page(
         scale.out, f"The cost of a training step ({scale.name})", {"Training steps": table}, claims,
         [record], (
-            f"Network: the {model} model of benchmarks/run.py, {record['parameters']:,} parameters, "
+            f"Network: the {model} model of benchmarks/run.py, {record['parameters']:,} weights, "
             f"batches of {record['batch']}; on {record['gpu'] or record['cpu']}.",
         ), (
             "Medians of interleaved repeats within one run. The paper-style loop is eager fp32 "
