@@ -208,11 +208,11 @@ def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
 def test_figure_3(tmp_path, monkeypatch, capsys):
     arms, claims, page = paper_study("fig3", tmp_path, monkeypatch, seeds=2)
     rows = {(r["group"], r["name"]) for r in arms}
-    assert len(rows) == 13 and len(arms) == 26
+    assert len(rows) == 15 and len(arms) == 30
     assert {n for g, n in rows if "90 %" in g} >= {
-        "DDPM, shrunk", "DDPM, stopped early", "invariance, lam 0.03"}
+        "DDPM, shrunk 0.1", "DDPM, stopped early", "invariance, lam 0.03"}
     ddpm, shrunk = (next(r for r in arms if r["name"] == n and "90 %" in r["group"])
-                    for n in ("DDPM", "DDPM, shrunk"))
+                    for n in ("DDPM", "DDPM, shrunk 0.3"))
     assert ddpm["train_s"] == shrunk["train_s"], "a baseline trains nothing"
     assert ddpm["measures"] != shrunk["measures"]
     error = ddpm["measures"]["rho"] ** 2 / 32  # of a sample of mean error, about

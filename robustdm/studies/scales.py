@@ -20,7 +20,8 @@ METHODS = {
     "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
     "robust_adv": dict(objective="robust_adv", lambda_mode="ray"),
 }
-SHRUNK, STOPPED, BLURRED = "DDPM, shrunk", "DDPM, stopped early", "DDPM, blurred"
+SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in (0.1, 0.3)}
+STOPPED, BLURRED = "DDPM, stopped early", "DDPM, blurred"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Scale:
 
     def baselines(self, group: str, fields: dict, seed: int, sigma: float) -> list[Arm]:
         """What the plain DDPM of a group can do without training; corruption ``sigma``, if any."""
-        known = {SHRUNK: Baseline("shrink")}
+        known = {name: Baseline("shrink", lam) for lam, name in SHRUNK.items()}
         if sigma:
             known[STOPPED] = Baseline("early_stop", sigma)
         if self.is_image:
