@@ -217,6 +217,7 @@ def compare(path: Path) -> str:
     Raises:
         UsageError: if the file is none, or holds neither subspace nor digits arms.
     """
+    from robustdm.perturbation import Perturbation
     from robustdm.planner import Setting
     from robustdm.tables import text_table
     from robustdm.training.config import TrainConfig
@@ -237,6 +238,11 @@ def compare(path: Path) -> str:
             found = [arm for arm in mine if arm["name"] == name]
             config = TrainConfig.from_dict(found[0]["config"], str(path))
             setting = Setting(config.objective, perturbation_of(config), config.lambda_max)
+            baseline = found[0].get("sampling", {}).get("baseline")
+            if baseline and baseline["method"] != "shrink":
+                continue  # no setting of a regulariser
+            if baseline:
+                setting = Setting("robust_adv", Perturbation(lam=baseline["strength"]))
             predicted = predict_measures(config, setting)
             rows[name] = {}
             for measure, value in predicted.items():
@@ -245,7 +251,7 @@ def compare(path: Path) -> str:
                 errors.setdefault(measure, {})[name] = abs(value - measured)
         if rows:
             tables.append(f"{group}, predicted / measured\n\n{text_table(rows, markdown=True)}")
-            used = [name for name in names if "invariance" not in name]
+            used = [name for name in rows if "invariance" not in name]
             tables.append("Mean absolute error without invariance: " + ", ".join(
                 f"{m} {sum(e[n] for n in used) / len(used):.2g}" for m, e in errors.items()))
     if not tables:

@@ -82,10 +82,10 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     assert main(command) == 0
     second = capsys.readouterr().out
-    assert "6 of 6 arms are done already" in second
+    assert "9 of 9 arms are done already" in second
     assert first[first.index("|"):] == second[second.index("|"):]
     results = json.loads((tmp_path / "subspace" / "results.json").read_text())
-    assert len(results["arms"]) == 6 and len(results["claims"]) == 5
+    assert len(results["arms"]) == 9 and len(results["claims"]) == 5
     assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
 
 

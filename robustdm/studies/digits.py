@@ -52,7 +52,7 @@ def reference_rows(config: TrainConfig) -> dict[str, dict[str, float]]:
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     """Run the study; print and write its table and a sheet of samples."""
-    todo = arms(seeds, steps)
+    todo = subspace.with_baselines(arms(seeds, steps))
     records = run_arms(todo, out, jobs)
     rows = summarise(records, COLUMNS)
     table = text_table(rows | reference_rows(todo[0].config), markdown=True)
@@ -67,7 +67,8 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     sheet = torch.cat([load_samples(arm, out)[:16] for arm in todo if arm.config.seed == 0])
     # Half the contrast: at full contrast the noise of dark pixels would be clipped away.
     images.save_grid(out / "samples.png", sheet / 2, columns=16)
-    caption = "samples.png: rows are " + "; ".join(OBJECTIVES) + " (seed 0, half contrast)"
+    names = "; ".join(arm.name for arm in todo if arm.config.seed == 0)
+    caption = f"samples.png: rows are {names} (seed 0, half contrast)"
     write_results(out, [f"## Digits, {seeds} seeds", table, caption], claims, records)
     print(table)
     return claims

@@ -31,6 +31,8 @@ from robustdm.training.run import schedule_of
 from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
 from robustdm.training.trainer import Trainer, resolve_device
 
+SHRUNK_LAM = (0.1, 0.3)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -83,6 +85,18 @@ class Arm:
         values |= {"training": self.training_key, "clip": self.config.clip_samples}
         words = re.sub(r"[^\w.,=-]+", "-", f"{self.group}-{self.name}").strip("-")
         return f"{words}-seed{self.config.seed}-{_digest(values)}"
+
+
+def baseline_arms(plain: Arm, sigma: float) -> list[Arm]:
+    """What the plain DDPM of an arm can do without training: shrink at two strengths, stop early
+    where there is corruption of standard deviation ``sigma``, and, for images, blur."""
+    known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in SHRUNK_LAM}
+    if sigma:
+        known["DDPM, stopped early"] = Baseline("early_stop", sigma)
+    if plain.config.data in ("digits", "images", "cifar10"):
+        known["DDPM, blurred"] = Baseline("blur")
+    return [dataclasses.replace(plain, name=name, baseline=baseline)
+            for name, baseline in known.items()]
 
 
 def _digest(values) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustdm.baselines import Baseline
 from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.studies import subspace
-from robustdm.studies.runner import Arm, Claim, Spread, run_arms
+from robustdm.studies.runner import SHRUNK_LAM, Arm, Claim, Spread, baseline_arms, run_arms
 from robustdm.training.config import TrainConfig, preset_values
 
 SCALES = ("tiny", "small", "full")
@@ -20,7 +19,7 @@ METHODS = {
     "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
     "robust_adv": dict(objective="robust_adv", lambda_mode="ray"),
 }
-SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in (0.1, 0.3)}
+SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in SHRUNK_LAM}
 STOPPED, BLURRED = "DDPM, stopped early", "DDPM, blurred"
 
 
@@ -72,13 +71,7 @@ class Scale:
 
     def baselines(self, group: str, fields: dict, seed: int, sigma: float) -> list[Arm]:
         """What the plain DDPM of a group can do without training; corruption ``sigma``, if any."""
-        known = {name: Baseline("shrink", lam) for lam, name in SHRUNK.items()}
-        if sigma:
-            known[STOPPED] = Baseline("early_stop", sigma)
-        if self.is_image:
-            known[BLURRED] = Baseline("blur")
-        return [self.arm(group, name, METHODS["DDPM"] | fields, seed, baseline=baseline)
-                for name, baseline in known.items()]
+        return baseline_arms(self.arm(group, "DDPM", METHODS["DDPM"] | fields, seed), sigma)
 
     def run(self, arms: Sequence[Arm]) -> list[dict]:
         """Records of the arms, with the measure ``signal`` added."""

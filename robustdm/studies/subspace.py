@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustdm.data import Corruption, SubspaceData
-from robustdm.studies.runner import Arm, Claim, run_arms, summarise, write_results
+from robustdm.studies.runner import Arm, Claim, baseline_arms, run_arms, summarise, write_results
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -50,9 +50,15 @@ def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES
     ]
 
 
+def with_baselines(arms: list[Arm]) -> list[Arm]:
+    """Arms, and behind them what their plain DDPMs can do without training."""
+    return arms + [other for arm in arms if arm.name == "DDPM"
+                   for other in baseline_arms(arm, arm.config.corrupt_sigma)]
+
+
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     """Run the study, print and write its table."""
-    records = run_arms(arms(seeds, steps), out, jobs)
+    records = run_arms(with_baselines(arms(seeds, steps)), out, jobs)
     rows = summarise(records, COLUMNS)
     off = {name: row["off_subspace_sd"].mean for name, row in rows.items()}
     top = rows["robust_adv (ray)"]["component_ratio_1"].mean
