@@ -1,6 +1,6 @@
 """``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch;
 ``--suite sampling``: draw samples, against diffusers; ``--suite step``: whole training steps,
-against a loop like the paper's.
+against a loop like the paper's; ``--suite evaluation``: measuring samples.
 
 Every provider is checked first: no speed is printed for a wrong result, and the exit code is 1.
 benchmarks/README.md explains the columns.
@@ -23,6 +23,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import elementwise
+import evaluation
 import network
 import report
 import sampling
@@ -44,16 +45,16 @@ COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range
 TINY_COPY = [2**20]
 # Suites that time whole programs: modules with names(config, device), run(config, device, head),
 # which returns the record, print_record(record) and failures(record).
-PROGRAMS = {"sampling": sampling, "step": step}
+PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Time the fused ops against eager torch, torch.compile and each other, or whole programs."""
 
-    suite: Literal["kernels", "cpu", "sampling", "step"]
+    suite: Literal["kernels", "cpu", "sampling", "step", "evaluation"]
     """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU; sampling: drawing
-    samples, step: training steps, where kernels runs."""
+    samples, step: training steps, evaluation: measuring samples, where kernels runs."""
     model: str | None = None
     """sampling: tiny (6.5 M weights, the default), or a preset for images: digits, cifar10 ...;
     step: tiny, digits, cifar, celeba64 or lsun256 (by default tiny, on a GPU cifar)."""

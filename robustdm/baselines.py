@@ -78,6 +78,28 @@ class Baseline:
         return blur(samples, self.strength)
 
 
+def from_flags(method: str, strength: float | None, sigma: float | None) -> Baseline | None:
+    """The baseline that ``--baseline`` and ``--baseline-strength`` name, None for "none".
+
+    Args:
+        sigma: standard deviation of the run's corruption, None if unknown.
+
+    Raises:
+        UsageError: for a strength that is missing, wrong or without a baseline.
+    """
+    if method == "none":
+        if strength is not None:
+            raise UsageError(f"baseline_strength is {strength} without a baseline: name one, or "
+                             "leave it out")
+        return None
+    if strength is None and method == "early_stop":
+        if not sigma:
+            raise UsageError("baseline is 'early_stop', and how strong the corruption is is not "
+                             "known: give --baseline-strength")
+        strength = sigma
+    return Baseline(method, strength)
+
+
 class Shrunk(nn.Module):
     """A DDPM's network, queried as if the noise had the variance s^2 (1 + c_t).
 

@@ -106,6 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     import torch
 
     from robustdm import evaluation
+    from robustdm.baselines import from_flags
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory, load_extractor
     from robustdm.metrics import FeatureStatistics
@@ -126,7 +127,12 @@ def evaluate(config: EvaluateConfig) -> dict:
         generator = evaluation.open_pipeline(config.pipeline, device)
     else:
         samples = read_images(config.samples, "samples")[: config.num]
-    baseline = _baseline(config, generator)
+    if generator is None and config.baseline != "none":
+        raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample from; "
+                         "give --run or --pipeline")
+    corruption = getattr(getattr(generator, "data", None), "corruption", None)
+    baseline = from_flags(config.baseline, config.baseline_strength,
+                          corruption and corruption.sigma)
     shape = tuple(samples.shape[1:]) if generator is None else generator.shape
     extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
     cache = cache_directory()
@@ -188,28 +194,6 @@ def evaluate(config: EvaluateConfig) -> dict:
     _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
     print(f"page: {out / 'evaluation.html'}")
     return record
-
-
-def _baseline(config: EvaluateConfig, generator):
-    """The baseline that the flags name, None if none."""
-    from robustdm.baselines import Baseline
-
-    if config.baseline == "none":
-        if config.baseline_strength is not None:
-            raise UsageError(f"baseline_strength is {config.baseline_strength} without a baseline: "
-                             "name one, or leave it out")
-        return None
-    if generator is None:
-        raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample from; "
-                         "give --run or --pipeline")
-    strength = config.baseline_strength
-    corruption = getattr(generator.data, "corruption", None)
-    if strength is None and config.baseline == "early_stop":
-        if corruption is None:
-            raise UsageError("baseline is 'early_stop', and how strong the corruption is is not "
-                             "known: give --baseline-strength")
-        strength = corruption.sigma
-    return Baseline(config.baseline, strength)
 
 
 def table_rows(results: dict, extractor) -> dict[str, dict]:

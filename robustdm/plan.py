@@ -12,6 +12,7 @@ from robustdm.cli import guard
 from robustdm.errors import UsageError
 
 SHOWN_COMPONENTS = 5
+SHRUNK = "plain DDPM, shrunk"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def plan(config: PlanConfig) -> dict:
     Raises:
         UsageError: for a wrong setting or data, or if nothing keeps enough signal.
     """
+    from robustdm.perturbation import Perturbation
     from robustdm.planner import Setting, best, candidates, predict
     from robustdm.schedule import NoiseSchedule
     from robustdm.tables import text_table
@@ -100,6 +102,12 @@ def plan(config: PlanConfig) -> dict:
                     and p.setting.perturbation.lambda_mode == mode and p.signal_kept >= config.keep]
             if mine:
                 rows[f"best {objective}, {mode}"] = best(mine, config.keep)
+    # The same optimum without robust training: a plain DDPM that is queried as if it had it.
+    shrunk = [p for p in made if p.setting == Setting(
+        "robust_adv", Perturbation(lam=p.setting.perturbation.lam)) and
+        p.signal_kept >= config.keep]
+    if shrunk:
+        rows[SHRUNK] = best(shrunk, config.keep)
     rows |= dict(zip(("default", "plain DDPM"), predict(
         schedule, [Setting(), Setting("ddpm")], few, sigma, config.fraction, **sampling),
         strict=True))
@@ -107,13 +115,16 @@ def plan(config: PlanConfig) -> dict:
         name: {"noise left": p.noise_left, "signal kept": p.signal_kept,
                **{f"sd {v:.2g}": float(k) for v, k in zip(
                    few.sqrt().tolist()[:SHOWN_COMPONENTS], p.kept, strict=False)},
-               "flags": p.setting.flags()}
+               "flags": _shrunk_flags(p) if name == SHRUNK else p.setting.flags()}
         for name, p in rows.items()
     }))
     command = f"python -m robustdm.train {chosen.setting.flags()}"
     if config.data is not None:
         command += (f" --preset folder --data-dir {config.data} --resolution {config.resolution}")
     print(f"\ntrain with: {command}")
+    if SHRUNK in rows:
+        print("or, at no extra cost: train with --objective ddpm, then python -m robustdm.sample "
+              f"{_shrunk_flags(rows[SHRUNK])}")
     print("Predicted for Gaussian data and a network at its optimum; networks on real data deviate "
           "(docs/studies.md says by how much).")
     result = {
@@ -121,7 +132,8 @@ def plan(config: PlanConfig) -> dict:
         "sigma": sigma,
         "signal_sd": few.sqrt().tolist(),
         "predictions": {name: {
-            "flags": p.setting.flags(), "noise_left": p.noise_left, "signal_kept": p.signal_kept,
+            "flags": _shrunk_flags(p) if name == SHRUNK else p.setting.flags(),
+            "noise_left": p.noise_left, "signal_kept": p.signal_kept,
             "kept": p.kept.tolist()} for name, p in rows.items()},
         "command": command,
     }
@@ -134,6 +146,10 @@ def plan(config: PlanConfig) -> dict:
             error)
     print(f"curves: {config.out / 'plan.png'}")
     return result
+
+
+def _shrunk_flags(prediction) -> str:
+    return f"--baseline shrink --baseline-strength {prediction.setting.perturbation.lam:g}"
 
 
 def _signal(config: PlanConfig):

@@ -36,6 +36,12 @@ class SampleConfig:
     """ddpm: noise of a step, beta or the posterior variance."""
     eta: float = 0.0
     """ddim: noise of a step, 0 (none) to 1."""
+    baseline: Literal["none", "shrink", "early_stop", "blur"] = "none"
+    """For a plain DDPM trained on noisy data: denoise as if there were more noise, end the chain at
+    the corruption's strength, or blur the samples. Costs no training."""
+    baseline_strength: float | None = None
+    """shrink: the lam of robust training to imitate (0.3); early_stop: the corruption's standard
+    deviation (the run's own); blur: standard deviation in pixels (0.5)."""
     ema: float | None = None
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
@@ -88,6 +94,7 @@ def generate(config: SampleConfig) -> Path:
 
     import torch
 
+    from robustdm.baselines import from_flags
     from robustdm.inference import fast_network
     from robustdm.sampling import check_settings, sample
     from robustdm.training.loop import is_out_of_memory
@@ -102,6 +109,11 @@ def generate(config: SampleConfig) -> Path:
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
                     batch_size=config.batch_size)
+    baseline = from_flags(config.baseline, config.baseline_strength, run.config.corrupt_sigma
+                          if run.is_image and run.config.corrupt_fraction else None)
+    if baseline is not None:
+        settings["stop"] = baseline.stop
+        baseline.finish(torch.zeros(1, *run.shape))  # blurs no points: say so now
     check_settings(run.schedule, **settings)
     network = fast_network(
         run.model, precision=config.precision, compile=config.compile, device=device
@@ -110,8 +122,11 @@ def generate(config: SampleConfig) -> Path:
         _prepare(network, config, run.shape)
         started = time.monotonic()
         with sampling_progress(config.num) as progress:
-            samples = sample(network, run.schedule, run.shape, **settings, clip=clip,
-                             seed=config.seed, device=device, progress=progress)
+            samples = sample(
+                baseline.network(network, run.schedule).to(device) if baseline else network,
+                run.schedule, run.shape, **settings, clip=clip, seed=config.seed, device=device,
+                progress=progress)
+        samples = baseline.finish(samples) if baseline else samples
     except RuntimeError as error:
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise

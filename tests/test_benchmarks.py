@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
 import elementwise  # noqa: E402
+import evaluation  # noqa: E402
 import network  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -220,6 +221,26 @@ def test_usage_errors_are_one_line(tmp_path):
 def test_list(capsys):
     assert run.main(["--suite", "cpu", "--tiny", "--list"]) == 0
     assert "fgsm_project 4x3x8x8 bf16: 6,144 B; read x_t and" in capsys.readouterr().out
+
+
+def test_the_record_of_evaluation(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "record.json"
+    assert run.main(["--suite", "evaluation", "--tiny", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["schema"] == "robustdm-evaluation-1" and record["overlap"]["same"]
+    assert len({m["held_mib"] for m in record["memory"]}) == 1
+    assert record["features"]["images"] == 500 and "img/s" in capsys.readouterr().out
+    # What the overlap does to the features must show.
+    extract = evaluation.extract
+    monkeypatch.setattr(evaluation, "extract", lambda *a: _shifted(extract(*a)))
+    assert run.main(["--suite", "evaluation", "--tiny"]) == 1
+    assert "features differ by 1" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="model is 'tiny'"):
+        run.main(["--suite", "evaluation", "--model", "tiny"])
+
+
+def _shifted(made):
+    return made[0]._replace(features=made[0].features + 1), made[1]
 
 
 # The sampling suite. So few minutes leave no time to compile.

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from robustdm.baselines import Baseline, blur
 from robustdm.images import to_uint8
 from robustdm.sample import main
 from robustdm.sampling import sample
@@ -126,6 +127,30 @@ def test_other_average_and_variance(digits_run, tmp_path):
     b = call(digits_run, tmp_path / "b", *flags, "--ema", 0.99)
     c = call(digits_run, tmp_path / "c", *flags, "--variance", "fixed_small")
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_baselines(digits_run, tmp_path):
+    """What costs no training: the network queried otherwise, a chain that ends early, a blur."""
+    common = ("--num", 3, "--steps", 40)
+    plain = call(digits_run, tmp_path / "none", *common)
+    run = load_run(digits_run)
+
+    def expected(network, **settings):
+        return sample(network, run.schedule, run.shape, num=3, steps=40, **settings).numpy()
+
+    found = {name: call(digits_run, tmp_path / name, *common, "--baseline", name)
+             for name in ("shrink", "early_stop", "blur")}
+    shrunk = Baseline("shrink", 0.3).network(run.model, run.schedule)
+    scale = dict(rtol=0, atol=1e-4 * np.abs(plain).max())
+    np.testing.assert_allclose(found["shrink"], expected(shrunk), **scale)
+    # A run knows how strong its corruption is.
+    np.testing.assert_allclose(found["early_stop"], expected(run.model, stop=0.2), **scale)
+    np.testing.assert_allclose(found["blur"], blur(torch.from_numpy(plain), 0.5).numpy(), **scale)
+    record = json.loads((tmp_path / "blur/sample.json").read_text())
+    assert record["baseline"] == "blur"
+    stronger = call(digits_run, tmp_path / "strong", *common, "--baseline", "early_stop",
+                    "--baseline-strength", 1.0)
+    assert not np.allclose(stronger, found["early_stop"])
 
 
 def test_runs_that_clip_are_clipped(tmp_path):
