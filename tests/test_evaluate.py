@@ -1,6 +1,7 @@
 """Evaluation, attacks and memorisation as commands: on random networks, folders and arrays."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -318,3 +319,13 @@ def test_weights_out_of_reach_are_one_line(digits_npz, monkeypatch):
     for name, extra in (("inception", "eval"), ("dinov2", "transformers")):
         bad(evaluate, extra, "--samples", clean, "--reference", clean, "--features", name,
             error=RunError)
+
+
+def test_a_run_without_its_average_is_one_line(tmp_path):
+    from robustdm.training.checkpoint import save_checkpoint
+
+    run_dir = make_run(tmp_path / "run", block_channels=(8, 8))
+    shutil.rmtree(run_dir / "checkpoints")
+    save_checkpoint(run_dir / "checkpoints", 3, {"weights": {"a": torch.zeros(1)}},
+                    {"shape": [1, 8, 8], "is_image": True})
+    bad(evaluate, "holds no 'ema_0.5'", "--run", run_dir)

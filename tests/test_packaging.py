@@ -1,6 +1,7 @@
 """What installing and importing the package pulls in, and what the README promises."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -141,15 +142,25 @@ def test_the_readme_starts_with_the_two_commands():
     assert '\npip install -e ".[test]" && pytest\n' in first_screen
 
 
-def test_the_readme_names_only_what_exists():
-    """Every module, preset and flag that the README's commands use is there."""
+@pytest.mark.parametrize("name", ["README.md", *sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
+def test_documents_name_only_what_exists(name):
+    """Every module, preset, flag and file that their commands and links use is there."""
     from robustdm.training.config import PRESETS, TrainConfig
 
-    readme = (ROOT / "README.md").read_text()
-    for module in re.findall(r"python -m (robustdm[.\w]*)", readme):
-        assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists(), module
-    for preset in re.findall(r"--preset (\S+)", readme):
+    text = (ROOT / name).read_text()
+    for module, rest in re.findall(r"python -m robustdm\.?([.\w]*)([^`\n]*)", text):
+        path = ROOT / "robustdm" / Path(*module.split("."))
+        assert path.with_suffix(".py").exists() or path.is_dir(), module
+        entry = importlib.import_module(f"robustdm.{module}" if module else "robustdm")
+        configs = [v for k, v in vars(entry).items() if k.endswith("Config")]
+        fields = TrainConfig if module == "train" else configs[0] if configs else None
+        for flag in set(re.findall(r"--([\w-]+)", rest)) - {"help"}:
+            assert fields and flag.removeprefix("no-").replace("-", "_") in (
+                fields.__dataclass_fields__), f"{module} --{flag}"
+        if module == "reproduce" and re.match(r" [a-z]", rest):
+            assert rest.split()[0] in entry.STUDIES, rest
+    for preset in re.findall(r"--preset (\S+)", text):
         assert preset in PRESETS or "|" in preset, preset
-    for line in re.findall(r"python -m robustdm\.train (.*)", readme):
-        for flag in set(re.findall(r"--([\w-]+)", line)) - {"help"}:
-            assert flag.replace("-", "_") in TrainConfig.__dataclass_fields__, flag
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / name).parent / target).exists(), target
