@@ -235,15 +235,12 @@ def compare(path: Path) -> str:
     """
     from robustdm.perturbation import Perturbation
     from robustdm.planner import Setting
+    from robustdm.studies.runner import read_arms
     from robustdm.tables import text_table
     from robustdm.training.config import TrainConfig
     from robustdm.training.run import perturbation_of
 
-    try:
-        arms = json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"compare is {str(path)!r}: no results.json of a study "
-                         f"({type(error).__name__})") from None
+    arms = read_arms(path, "compare")
     tables = []
     for group, predict_measures in (("subspace", _subspace_measures), ("digits", _digits_measures)):
         mine = [arm for arm in arms if arm["group"] == group]

@@ -5,10 +5,12 @@ import math
 from dataclasses import replace
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
 from robustdm import UsageError
+from robustdm.features import CifarResNet
 from robustdm.models import PointMLP
 from robustdm.reproduce import STUDIES, main
 from robustdm.studies import (
@@ -18,10 +20,19 @@ from robustdm.studies import (
     flow,
     invitro,
     lambda_mode,
+    memorisation,
     scales,
     subspace,
 )
-from robustdm.studies.runner import Claim, Spread, arms_directory, load_samples, run_arm, summarise
+from robustdm.studies.runner import (
+    Claim,
+    Spread,
+    arms_directory,
+    load_samples,
+    read_arms,
+    run_arm,
+    summarise,
+)
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -87,6 +98,12 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     results = json.loads((tmp_path / "subspace" / "results.json").read_text())
     assert len(results["arms"]) == 9 and len(results["claims"]) == 5
     assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
+    # What all arms have in common is written once, and read back whole.
+    assert results["config"]["num_points"] == 5000 and "num_points" not in (
+        results["arms"][0]["config"])
+    arms = read_arms(tmp_path / "subspace" / "results.json", "compare")
+    assert all(TrainConfig.from_dict(arm["config"], "x").num_points == 5000 for arm in arms)
+    assert {arm["config"]["objective"] for arm in arms} > {"ddpm", "robust_adv"}
 
 
 def test_summaries():
@@ -329,3 +346,41 @@ def test_a_claim_needs_every_seed():
     assert scales.ratio_claim("x", [1.0, 1.5], [2.0, 2.0]).holds
     assert scales.ratio_claim("x", [3.0, 5.0], [2.0, 2.0], at_least=1.4).holds
     assert not scales.ratio_claim("x", [2.0, 5.0], [2.0, 2.0], at_least=1.4).holds
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """The small scale on random 32x32 images, with a network that is smaller still."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(90, 3, 8, 8, generator=g).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    np.savez(tmp_path / "images.npz", (255 * x).byte().permute(0, 2, 3, 1).numpy())
+    weights = tmp_path / "w.th"
+    torch.save(CifarResNet(3).state_dict(), weights)
+    monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path / "cache"))
+    made = scales.make_scale("small", tmp_path / "s" / "out", 1, 1, 2, tmp_path / "images.npz",
+                             "resnet20", weights)
+    assert "not FID" in made.differs[1]
+    base = made.base | dict(data="images", block_channels=(8, 8), norm_groups=4,
+                            layers_per_block=1, batch_size=8, attention_resolutions=(),
+                            compile=False, precision="fp32", holdout=0.1)
+    return replace(made, base=base, samples=70, sampling_steps=2, attacked_samples=70,
+                   attacked_steps=2)
+
+
+def test_images_have_every_baseline_and_a_sheet(images):
+    claims = denoising.table2(images)
+    assert {c.text.rsplit("/ ", 1)[1] for c in claims if "not in the paper" in c.text} == {
+        "DDPM, shrunk 0.1", "DDPM, shrunk 0.3", "DDPM, stopped early", "DDPM, blurred"}
+    assert (images.out / "samples.png").exists()
+    assert "noise_level" in (images.out / "table.md").read_text()
+
+
+def test_figure_3_on_images(images):
+    assert denoising.fig3(images)
+    text = (images.out / "table.md").read_text()
+    assert "rho_paper" in text and "component_ratio_25" in text and "25 leading" in text
+
+
+def test_memorisation_of_images(images):
+    assert len(memorisation.fig6_left(images)) == 4
+    assert "held-out images" in (images.out / "table.md").read_text()

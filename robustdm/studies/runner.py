@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from robustdm.attacks import TrajectoryAttack
 from robustdm.baselines import Baseline
 from robustdm.data import Data, batches, load_data
-from robustdm.errors import RunError
+from robustdm.errors import RunError, UsageError
 from robustdm.evaluation import Generator, features_of, generate, measure
 from robustdm.features import cache_directory, load_extractor
 from robustdm.models import build_model
@@ -336,9 +336,36 @@ def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], r
     """Write the study's page (table.md) and everything behind it (results.json)."""
     text = "\n\n".join([*sections, "\n".join(f"- {claim}" for claim in claims)])
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    configs = [record["config"] for record in records if "config" in record]
+    # What all arms have in common is written once.
+    common = {k: v for k, v in configs[0].items()
+              if all(k in c and c[k] == v for c in configs)} if configs else {}
     results = {
         "provenance": provenance(),
         "claims": [dataclasses.asdict(claim) for claim in claims],
-        "arms": list(records),
+        "config": common,
+        "arms": [record | ({"config": {k: v for k, v in record["config"].items()
+                                       if k not in common}} if "config" in record else {})
+                 for record in records],
     }
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def read_arms(path: Path, name: str) -> list[dict]:
+    """The arms of a results.json, each with its whole configuration.
+
+    Args:
+        path: the file.
+        name: of the flag that gave it, for errors.
+
+    Raises:
+        UsageError: if the file is no such thing.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        common = results.get("config", {})
+        return [arm | ({"config": common | arm["config"]} if "config" in arm else {})
+                for arm in results["arms"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{name} is {str(path)!r}: no results.json of a study "
+                         f"({type(error).__name__})") from None
