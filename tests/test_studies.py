@@ -96,7 +96,7 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     assert "9 of 9 arms are done already" in second
     assert first[first.index("|"):] == second[second.index("|"):]
     results = json.loads((tmp_path / "subspace" / "results.json").read_text())
-    assert len(results["arms"]) == 9 and len(results["claims"]) == 5
+    assert len(results["arms"]) == 9 and len(results["claims"]) == 9
     assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
     # What all arms have in common is written once, and read back whole.
     assert results["config"]["num_points"] == 5000 and "num_points" not in (

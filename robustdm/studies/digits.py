@@ -64,6 +64,14 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
               ratio[name] <= 0.6)
         for name in (default, *({"robust_adv (ray)", "robust_adv (x)"} - {default}))
     ]
+    for name in (n for n in rows if n.startswith("DDPM, ")):
+        claims += [
+            Claim(f"{default} / {name}, noise on constant pixels", ratio[default] / ratio[name],
+                  "below 1: better than no training at all", ratio[default] < ratio[name]),
+            Claim(f"{default} / {name}, spread", rows[default]["pixel_std"].mean /
+                  rows[name]["pixel_std"].mean, "above 1",
+                  rows[default]["pixel_std"].mean > rows[name]["pixel_std"].mean),
+        ]
     sheet = torch.cat([load_samples(arm, out)[:16] for arm in todo if arm.config.seed == 0])
     # Half the contrast: at full contrast the noise of dark pixels would be clipped away.
     images.save_grid(out / "samples.png", sheet / 2, columns=16)

@@ -74,6 +74,15 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
         Claim("invariance / DDPM, off-subspace sd", off["invariance"] / off["DDPM"],
               "clearly above 1", off["invariance"] > 1.2 * off["DDPM"]),
     ]
+    weakest = rows["robust_adv (ray)"]["component_ratio_5"].mean
+    for name in (n for n in rows if "shrunk" in n):
+        claims += [
+            Claim(f"robust_adv (ray) / {name}, off-subspace sd",
+                  off["robust_adv (ray)"] / off[name], "below 1: better than no training at all", off["robust_adv (ray)"] < off[name]),
+            Claim(f"robust_adv (ray) / {name}, weakest component's sd",
+                  weakest / rows[name]["component_ratio_5"].mean, "above 1",
+                  weakest > rows[name]["component_ratio_5"].mean),
+        ]
     table = text_table(rows, markdown=True)
     write_results(out, [f"## Subspace, {seeds} seeds", table], claims, records)
     print(table)
