@@ -78,7 +78,8 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     for name in (n for n in rows if "shrunk" in n):
         claims += [
             Claim(f"robust_adv (ray) / {name}, off-subspace sd",
-                  off["robust_adv (ray)"] / off[name], "below 1: better than no training at all", off["robust_adv (ray)"] < off[name]),
+                  off["robust_adv (ray)"] / off[name],
+                  "below 1: better than no training at all", off["robust_adv (ray)"] < off[name]),
             Claim(f"robust_adv (ray) / {name}, weakest component's sd",
                   weakest / rows[name]["component_ratio_5"].mean, "above 1",
                   weakest > rows[name]["component_ratio_5"].mean),
