@@ -93,10 +93,10 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     assert main(command) == 0
     second = capsys.readouterr().out
-    assert "9 of 9 arms are done already" in second
+    assert "10 of 10 arms are done already" in second
     assert first[first.index("|"):] == second[second.index("|"):]
     results = json.loads((tmp_path / "subspace" / "results.json").read_text())
-    assert len(results["arms"]) == 9 and len(results["claims"]) == 9
+    assert len(results["arms"]) == 10 and len(results["claims"]) == 9
     assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
     # What all arms have in common is written once, and read back whole.
     assert results["config"]["num_points"] == 5000 and "num_points" not in (
@@ -225,7 +225,7 @@ def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
 def test_figure_3(tmp_path, monkeypatch, capsys):
     arms, claims, page = paper_study("fig3", tmp_path, monkeypatch, seeds=2)
     rows = {(r["group"], r["name"]) for r in arms}
-    assert len(rows) == 15 and len(arms) == 30
+    assert len(rows) == 16 and len(arms) == 32
     assert {n for g, n in rows if "90 %" in g} >= {
         "DDPM, shrunk 0.1", "DDPM, stopped early", "invariance, lam 0.03"}
     ddpm, shrunk = (next(r for r in arms if r["name"] == n and "90 %" in r["group"])
@@ -251,7 +251,7 @@ def test_tables_1_and_2_share_their_training(tmp_path, monkeypatch):
                                                                            **quick))
     arms, claims, _ = paper_study("table1", tmp_path, monkeypatch)
     trained = {a["train_s"] for a in arms}
-    assert len(trained) == 3 + 3 + 2, "three methods at two sigmas, two on clean"
+    assert len(trained) == 4 + 4 + 2, "three methods and equal work at two sigmas, two on clean"
     arms, claims, page = paper_study("table2", tmp_path, monkeypatch)
     new = {a["train_s"] for a in arms} - trained
     assert not new, "table 2 trained again what table 1 had"
@@ -370,7 +370,8 @@ def images(tmp_path, monkeypatch):
 def test_images_have_every_baseline_and_a_sheet(images):
     claims = denoising.table2(images)
     assert {c.text.rsplit("/ ", 1)[1] for c in claims if "not in the paper" in c.text} == {
-        "DDPM, shrunk 0.1", "DDPM, shrunk 0.3", "DDPM, stopped early", "DDPM, blurred"}
+        "DDPM, shrunk 0.1", "DDPM, shrunk 0.3", "DDPM, stopped early", "DDPM, blurred",
+        "DDPM, equal work"}
     assert (images.out / "samples.png").exists()
     assert "noise_level" in (images.out / "table.md").read_text()
 

@@ -32,6 +32,9 @@ from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
 from robustdm.training.trainer import Trainer, resolve_device
 
 SHRUNK_LAM = (0.1, 0.3)
+EQUAL_WORK = "DDPM, equal work"
+ADV_UNITS, DDPM_UNITS = 8, 3
+"""Work of a step in forward passes; see ``Objective.units``."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,21 @@ class Arm:
 
 
 def baseline_arms(plain: Arm, sigma: float) -> list[Arm]:
-    """What the plain DDPM of an arm can do without training: shrink at two strengths, stop early
-    where there is corruption of standard deviation ``sigma``, and, for images, blur."""
+    """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk
+    at two strengths; stopped early, where there is corruption of standard deviation ``sigma``), its
+    samples blurred, if images, and, against corruption, as much work as robust_adv takes."""
     known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in SHRUNK_LAM}
     if sigma:
         known["DDPM, stopped early"] = Baseline("early_stop", sigma)
     if plain.config.data in ("digits", "images", "cifar10"):
         known["DDPM, blurred"] = Baseline("blur")
-    return [dataclasses.replace(plain, name=name, baseline=baseline)
+    made = [dataclasses.replace(plain, name=name, baseline=baseline)
             for name, baseline in known.items()]
+    if sigma:
+        steps = round(plain.config.steps * ADV_UNITS / DDPM_UNITS)
+        made.append(dataclasses.replace(
+            plain, name=EQUAL_WORK, config=dataclasses.replace(plain.config, steps=steps)))
+    return made
 
 
 def _digest(values) -> str:
@@ -146,11 +155,13 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
         generator, arm.samples, batch_size=arm.batch_size, seed=arm.config.seed, device=device,
         precision=arm.config.precision, compile=arm.config.compile, attack=arm.attack,
         baseline=arm.baseline, **settings)))
+    measured, identity = _feature_measures(arm, data, samples, device)
     record = {
         "group": arm.group,
         "name": arm.name,
         "seed": arm.config.seed,
-        "measures": data.measure(samples) | _feature_measures(arm, data, samples, device),
+        "measures": data.measure(samples) | measured,
+        "features": identity,
         **trained,
         "sample_s": time.perf_counter() - begin,
         "samples": arm.samples,
@@ -166,16 +177,19 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
     return record
 
 
-def _feature_measures(arm: Arm, data: Data, samples: torch.Tensor, device) -> dict[str, float]:
+def _feature_measures(
+    arm: Arm, data: Data, samples: torch.Tensor, device
+) -> tuple[dict[str, float], dict | None]:
+    """Measures in the arm's feature space, and which that is."""
     if arm.features is None:
-        return {}
+        return {}, None
     extractor = load_extractor(arm.features, data.shape, arm.weights, device)
     clean = data.clean(torch.arange(len(data)))
     found = measure(
         features_of(extractor, samples),
         features_of(extractor, clean, cache_directory()).features,
         ("frechet", "manifold", "inception_score"), splits=1)
-    return {name: float(result["value"]) for name, result in found.items()}
+    return {k: float(result["value"]) for k, result in found.items()}, extractor.identity
 
 
 def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:

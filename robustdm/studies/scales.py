@@ -34,7 +34,7 @@ class Scale:
         attacked_samples, attacked_steps: the same under attack, which costs up to 42 times as much.
         noise, signal: measures of the noise left and of the signal kept; the latter's mean is 1 for
             the truth.
-        features, weights: feature space of the Frechet distance.
+        features, weights: feature space of the Frechet distance; None leaves it out.
         differs: what is not as in the paper, a sentence each.
         seeds, out, jobs: repeats, directory of the results, processes.
     """
@@ -47,7 +47,7 @@ class Scale:
     attacked_steps: int | None
     noise: str
     signal: tuple[str, ...]
-    features: str
+    features: str | None
     weights: Path | None
     differs: tuple[str, ...]
     seeds: int
