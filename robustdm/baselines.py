@@ -21,6 +21,7 @@ from robustdm.planner import Setting, excess
 from robustdm.schedule import NoiseSchedule, expand
 
 Method = Literal["shrink", "early_stop", "blur"]
+DEFAULT_SHAPE = (Perturbation().omega, Perturbation().gamma)
 DEFAULT_STRENGTH = {"shrink": Perturbation().lam, "early_stop": 0.2, "blur": 0.5}
 
 
@@ -35,6 +36,7 @@ class Baseline:
             (images only).
         strength: shrink: lam of the regulariser that is imitated. early_stop: standard deviation of
             the corruption. blur: standard deviation in pixels. By default ``DEFAULT_STRENGTH``.
+        shape: shrink: omega and gamma of the regulariser that is imitated.
 
     Raises:
         UsageError: for an unknown method or a strength that is not positive.
@@ -42,6 +44,7 @@ class Baseline:
 
     method: Method
     strength: float | None = None
+    shape: tuple[float, float] = DEFAULT_SHAPE
 
     def __post_init__(self):
         if self.method not in Method.__args__:
@@ -56,7 +59,8 @@ class Baseline:
         """What to sample with in place of the model."""
         if self.method != "shrink":
             return model
-        setting = Setting("robust_adv", Perturbation(lam=self.strength))
+        omega, gamma = self.shape
+        setting = Setting("robust_adv", Perturbation(omega, gamma, self.strength, "ray"))
         return Shrunk(model, schedule, excess(schedule, setting, torch.arange(len(schedule))))
 
     @property
@@ -78,15 +82,21 @@ class Baseline:
         return blur(samples, self.strength)
 
 
-def from_flags(method: str, strength: float | None, sigma: float | None) -> Baseline | None:
-    """The baseline that ``--baseline`` and ``--baseline-strength`` name, None for "none".
+def from_flags(
+    method: str, strength: float | None, shape: tuple[float, float] | None, sigma: float | None
+) -> Baseline | None:
+    """The baseline that ``--baseline``, ``--baseline-strength`` and ``--baseline-shape`` name, None
+    for "none".
 
     Args:
         sigma: standard deviation of the run's corruption, None if unknown.
 
     Raises:
-        UsageError: for a strength that is missing, wrong or without a baseline.
+        UsageError: for a strength that is missing, wrong or without a baseline, or a shape of
+            anything but "shrink".
     """
+    if shape is not None and method != "shrink":
+        raise UsageError(f"baseline_shape is {shape}: only --baseline shrink has one")
     if method == "none":
         if strength is not None:
             raise UsageError(f"baseline_strength is {strength} without a baseline: name one, or "
@@ -97,7 +107,7 @@ def from_flags(method: str, strength: float | None, sigma: float | None) -> Base
             raise UsageError("baseline is 'early_stop', and how strong the corruption is is not "
                              "known: give --baseline-strength")
         strength = sigma
-    return Baseline(method, strength)
+    return Baseline(method, strength, shape or DEFAULT_SHAPE)
 
 
 class Shrunk(nn.Module):

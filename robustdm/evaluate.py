@@ -60,6 +60,8 @@ class EvaluateConfig:
     baseline_strength: float | None = None
     """shrink: the lam to imitate (0.3); early_stop: the corruption's standard deviation (the run's
     own); blur: standard deviation in pixels (0.5)."""
+    baseline_shape: tuple[float, float] | None = None
+    """shrink: omega and gamma of the regulariser to imitate (2 and 8/255)."""
     ema: float | None = None
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
@@ -131,7 +133,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample from; "
                          "give --run or --pipeline")
     corruption = getattr(getattr(generator, "data", None), "corruption", None)
-    baseline = from_flags(config.baseline, config.baseline_strength,
+    baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
                           corruption and corruption.sigma)
     shape = tuple(samples.shape[1:]) if generator is None else generator.shape
     extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)

@@ -77,7 +77,6 @@ def plan(config: PlanConfig) -> dict:
     Raises:
         UsageError: for a wrong setting or data, or if nothing keeps enough signal.
     """
-    from robustdm.perturbation import Perturbation
     from robustdm.planner import Setting, best, candidates, predict
     from robustdm.schedule import NoiseSchedule
     from robustdm.tables import text_table
@@ -103,11 +102,8 @@ def plan(config: PlanConfig) -> dict:
             if mine:
                 rows[f"best {objective}, {mode}"] = best(mine, config.keep)
     # The same optimum without robust training: a plain DDPM that is queried as if it had it.
-    shrunk = [p for p in made if p.setting == Setting(
-        "robust_adv", Perturbation(lam=p.setting.perturbation.lam)) and
-        p.signal_kept >= config.keep]
-    if shrunk:
-        rows[SHRUNK] = best(shrunk, config.keep)
+    if "best robust_adv, ray" in rows:
+        rows[SHRUNK] = rows["best robust_adv, ray"]
     rows |= dict(zip(("default", "plain DDPM"), predict(
         schedule, [Setting(), Setting("ddpm")], few, sigma, config.fraction, **sampling),
         strict=True))
@@ -149,7 +145,9 @@ def plan(config: PlanConfig) -> dict:
 
 
 def _shrunk_flags(prediction) -> str:
-    return f"--baseline shrink --baseline-strength {prediction.setting.perturbation.lam:g}"
+    p = prediction.setting.perturbation
+    return (f"--baseline shrink --baseline-strength {p.lam:g} --baseline-shape {p.omega:g} "
+            f"{p.gamma:.4g}")
 
 
 def _signal(config: PlanConfig):
@@ -255,7 +253,9 @@ def compare(path: Path) -> str:
             if baseline and baseline["method"] != "shrink":
                 continue  # no setting of a regulariser
             if baseline:
-                setting = Setting("robust_adv", Perturbation(lam=baseline["strength"]))
+                omega, gamma = baseline["shape"]
+                setting = Setting(
+                    "robust_adv", Perturbation(omega, gamma, baseline["strength"], "ray"))
             predicted = predict_measures(config, setting)
             rows[name] = {}
             for measure, value in predicted.items():

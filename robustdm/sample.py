@@ -42,6 +42,8 @@ class SampleConfig:
     baseline_strength: float | None = None
     """shrink: the lam of robust training to imitate (0.3); early_stop: the corruption's standard
     deviation (the run's own); blur: standard deviation in pixels (0.5)."""
+    baseline_shape: tuple[float, float] | None = None
+    """shrink: omega and gamma of robust training to imitate (2 and 8/255)."""
     ema: float | None = None
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
@@ -109,8 +111,8 @@ def generate(config: SampleConfig) -> Path:
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
                     batch_size=config.batch_size)
-    baseline = from_flags(config.baseline, config.baseline_strength, run.config.corrupt_sigma
-                          if run.is_image and run.config.corrupt_fraction else None)
+    known = run.config.corrupt_sigma if run.is_image and run.config.corrupt_fraction else None
+    baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape, known)
     if baseline is not None:
         settings["stop"] = baseline.stop
         baseline.finish(torch.zeros(1, *run.shape))  # blurs no points: say so now

@@ -79,6 +79,9 @@ def test_strengths():
     assert Baseline("shrink").stop == 0 and Baseline("early_stop", 0.1).stop == 0.1
     model = Optimal()
     assert Baseline("blur", 1).network(model, SCHEDULE) is model
+    shaped = (Baseline("shrink", 0.3, shape).network(model, SCHEDULE).seen_as
+              for shape in ((2.0, 8 / 255), (3.0, 8 / 255), (2.0, 1 / 255)))
+    assert len({tuple(seen.tolist()) for seen in shaped}) == 3
     x = torch.randn(3, 1, 8, 8)
     assert Baseline("blur", 1).finish(x).std() < 0.6 * x.std()
     assert torch.equal(Baseline("shrink").finish(x), x)

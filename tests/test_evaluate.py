@@ -290,6 +290,8 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     bad(evaluate, "differ in size", "--samples", mixed, "--reference", clean)
     bad(evaluate, "needs a network", "--samples", clean, "--reference", clean, "--baseline", "blur")
     bad(evaluate, "without a baseline", "--run", digits_run, "--baseline-strength", 1)
+    bad(evaluate, "only --baseline shrink has one", "--run", digits_run, "--baseline", "blur",
+        "--baseline-shape", 2, 0.1)
     bad(evaluate, "baseline_strength is -1", "--run", digits_run, "--baseline", "blur",
         "--baseline-strength", -1)
     bad(evaluate, "only images can be blurred", "--run", plane_run, "--baseline", "blur")
