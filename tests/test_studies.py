@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 
@@ -104,6 +110,38 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     arms = read_arms(tmp_path / "subspace" / "results.json", "compare")
     assert all(TrainConfig.from_dict(arm["config"], "x").num_points == 5000 for arm in arms)
     assert {arm["config"]["objective"] for arm in arms} > {"ddpm", "robust_adv"}
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from robustdm.studies.runner import _end_with\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _end_with, (os.getpid(),))\n"
+        "    future = pool.submit(time.sleep, 60)\n"
+        "    print(pool.submit, list(pool._processes)[0], flush=True)\n"
+        "    future.result()\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    worker = int(parent.stdout.readline().split()[-1])
+    time.sleep(8)  # until it has imported what it runs, and begun to watch
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if pathlib.Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its parent")
 
 
 def test_summaries():

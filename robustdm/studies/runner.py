@@ -8,6 +8,7 @@ import json
 import os
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -232,6 +233,17 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
     return [records[arm] for arm in arms]
 
 
+def _end_with(parent: int) -> None:
+    """Let this worker end when its parent is gone: killed, it cannot tell."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _finished(
     order: Sequence[Sequence[Arm]], kept: Path, jobs: int, threads: int
 ) -> Iterator[tuple[Arm, dict]]:
@@ -243,7 +255,7 @@ def _finished(
                 yield arm, run_arm(arm, kept, threads)
             return
         # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
             for part in order:
                 running = {pool.submit(run_arm, arm, kept, threads): arm for arm in part}
                 try:
