@@ -40,10 +40,11 @@ def _arms(scale: Scale, names: tuple[str, ...]) -> list[Arm]:
 def fig2(scale: Scale) -> list[Claim]:
     """Samples, paths and score fields under inlier noise and outliers; the perturbation's ray."""
     names = ("DDPM", ADV, "robust_adv (x)", "invariance")
-    arms = _arms(scale, names)
+    arms = subspace.with_baselines(_arms(scale, names))
     records = run_arms(arms, scale.out, scale.jobs)
     for arm, record in zip(arms, records, strict=True):
-        record["measures"] |= _field(arm, scale)
+        if arm.baseline is None:  # those have the plain network, but not its score
+            record["measures"] |= _field(arm, scale)
 
     def values(group, name, measure):
         return by_seed(records, group, name, measure)
@@ -64,6 +65,11 @@ def fig2(scale: Scale) -> list[Claim]:
     claims += [claim(f"{group}: distance, invariance / DDPM ('the process diverges')", group,
                      "distance", "invariance", at_least=1.5) for group in invitro.SETS]
     claims += [
+        ratio_claim(f"{group}, not in the paper: distance, {ADV} / {name}",
+                    values(group, ADV, "distance"), values(group, name, "distance"))
+        for group in invitro.SETS for name in dict.fromkeys(a.name for a in arms)
+        if name.startswith("DDPM, ")
+    ] + [
         claim(f"{group}: error of the score, {ADV} / DDPM ('more consistent scores')", group,
               "score_error") for group in invitro.SETS
     ] + [

@@ -16,6 +16,7 @@ import torch
 from robustdm import plots
 from robustdm.data import load_data
 from robustdm.sampling import sample
+from robustdm.studies import subspace
 from robustdm.studies.runner import (
     Arm,
     Claim,
@@ -57,7 +58,7 @@ def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     """Run the study; print and write its tables and figures."""
-    todo = arms(seeds, steps)
+    todo = subspace.with_baselines(arms(seeds, steps))
     records = run_arms(todo, out, jobs)
     sections, means = [], {}
     for group, (preset, _) in SETS.items():

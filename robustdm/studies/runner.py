@@ -91,10 +91,15 @@ class Arm:
         return f"{words}-seed{self.config.seed}-{_digest(values)}"
 
 
-def baseline_arms(plain: Arm, sigma: float) -> list[Arm]:
+def baseline_arms(plain: Arm, sigma: float | None) -> list[Arm]:
     """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk
-    at two strengths; stopped early, where there is corruption of standard deviation ``sigma``), its
-    samples blurred, if images, and, against corruption, as much work as robust_adv takes."""
+    at two strengths; stopped early at the corruption's strength), its samples blurred, if images,
+    and as much work as robust_adv takes.
+
+    Args:
+        sigma: standard deviation of the corruption; None for noise of another kind, which gives no
+            strength to stop at; 0 for clean data, which get neither that nor the work.
+    """
     known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in SHRUNK_LAM}
     if sigma:
         known["DDPM, stopped early"] = Baseline("early_stop", sigma)
@@ -102,7 +107,7 @@ def baseline_arms(plain: Arm, sigma: float) -> list[Arm]:
         known["DDPM, blurred"] = Baseline("blur")
     made = [dataclasses.replace(plain, name=name, baseline=baseline)
             for name, baseline in known.items()]
-    if sigma:
+    if sigma != 0:
         steps = round(plain.config.steps * ADV_UNITS / DDPM_UNITS)
         made.append(dataclasses.replace(
             plain, name=EQUAL_WORK, config=dataclasses.replace(plain.config, steps=steps)))

@@ -51,9 +51,13 @@ def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES
 
 
 def with_baselines(arms: list[Arm]) -> list[Arm]:
-    """Arms, and behind them what their plain DDPMs can do without training."""
+    """Arms, and behind them what the paper leaves out beside their plain DDPMs."""
+    def sigma(config: TrainConfig) -> float | None:
+        # Point sets have noise of their own in place of a corruption.
+        return None if config.data in ("plane", "gaussians") else config.corrupt_sigma
+
     return arms + [other for arm in arms if arm.name == "DDPM"
-                   for other in baseline_arms(arm, arm.config.corrupt_sigma)]
+                   for other in baseline_arms(arm, sigma(arm.config))]
 
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
