@@ -18,7 +18,15 @@ from robustdm.features import cache_directory, load_extractor
 from robustdm.metrics import nearest
 from robustdm.studies.page import write_page
 from robustdm.studies.runner import Claim, load_samples, summarise
-from robustdm.studies.scales import METHODS, Scale, by_seed, corrupted, ratio_claim, spread
+from robustdm.studies.scales import (
+    METHODS,
+    Scale,
+    by_seed,
+    corrupted,
+    ratio_claim,
+    spread,
+    untested,
+)
 from robustdm.training.config import preset_values
 
 GROUP = "clean data"
@@ -65,15 +73,21 @@ def fig6_left(scale: Scale) -> list[Claim]:
                                                  strict=True)]
 
     near = "share >= 0.9"
+    # Where unseen images pass the threshold too, it tells nothing apart.
+    saturated = min(values(HELD_OUT, near)) > 0.99
+
+    def share(text, *found, paper=""):
+        return untested(text, paper) if saturated else Claim(text, *found, paper=paper)
+
     claims = [
         Claim("similarity, mean, robust_adv - DDPM ('drastically shifted to the left')",
               *_below(values("robust_adv", "mean"), values("DDPM", "mean")),
               paper="histogram only"),
-        Claim(f"{near}, robust_adv - DDPM ('reduces near-replicas')",
+        share(f"{near}, robust_adv - DDPM ('reduces near-replicas')",
               *_below(values("robust_adv", near), values("DDPM", near)), paper="histogram only"),
-        Claim(f"not in the paper: {near}, DDPM - held-out images (above 0: more than what images "
-              "of this kind share anyway)", *_below(values(HELD_OUT, near), values("DDPM", near),
-                                                   swap=True)),
+        Claim("not in the paper: similarity, mean, DDPM - held-out images (above 0: more than what "
+              "images of this kind share anyway)", *_below(
+                  values(HELD_OUT, "mean"), values("DDPM", "mean"), swap=True)),
         ratio_claim("not in the paper: shift of the mean, a blur of half a pixel of training "
                     "images / robust_adv (above 0.5: smoothing alone explains much)",
                     [max(1 - v, 1e-9) for v in values(BLURRED, "mean")], change("robust_adv"),
@@ -109,7 +123,7 @@ def _digits(scale: Scale) -> Scale:
             f"A UNet of 0.43 million parameters, {steps:,} steps of 64; 300 samples by 250 "
             "respaced steps.",
             "Features of a small classifier of digits in place of DINOv2: the thresholds of 0.9 "
-            "and 0.95 do not mean the same."))
+            "and 0.95 do not mean the same, and tell nothing where held-out images pass them."))
 
 
 def _below(a: list[float], b: list[float], swap: bool = False) -> tuple[str, str, bool]:
