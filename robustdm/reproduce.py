@@ -43,24 +43,24 @@ class Study:
 _ALL = ("tiny", "small", "full")
 STUDIES = {
     "fig2": Study("flow:fig2", "on 3-D sets with noise, robust_adv finds the data, DDPM the noise, "
-                  "and invariance diverges", 7, ("tiny",)),
+                  "and invariance diverges", 6, ("tiny",)),
     "fig3": Study("denoising:fig3", "on a known subspace, robust models leave less noise, and "
-                  "invariance fails", 12, _ALL),
+                  "invariance fails", 14, _ALL),
     "fig6-left": Study("memorisation:fig6_left", "robust models memorise less", 11, _ALL),
-    "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 4,
+    "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 3,
                         ("tiny",)),
-    "fig7": Study("denoising:fig7", "lambda trades noise for smoothing", 10, _ALL),
-    "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 10, _ALL),
-    "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 10, _ALL),
-    "table2": Study("denoising:table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 8,
+    "fig7": Study("denoising:fig7", "lambda trades noise for smoothing", 11, _ALL),
+    "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 6, _ALL),
+    "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 13, _ALL),
+    "table2": Study("denoising:table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 11,
                     _ALL),
     "fig24": Study("denoising:fig24", "first the noise goes, then the details come", 8, _ALL),
     "timecost": Study("timecost:timecost", "a step costs 2.5 times DDPM's", 6, _ALL),
     "calibration": Study("calibration:run", "how far the corrupted training set is from the clean "
                          "one", 0.2, takes=("data_dir", "features", "weights", "count")),
-    "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 10),
-    "invitro": Study("invitro:run", "all objectives on the 3-D sets", 8),
-    "digits": Study("digits:run", "all objectives on handwritten digits", 40),
+    "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 13),
+    "invitro": Study("invitro:run", "all objectives on the 3-D sets", 10),
+    "digits": Study("digits:run", "all objectives on handwritten digits", 50),
     "lambda-mode": Study("lambda_mode:run", "which reading of lambda_t should be the default", 45,
                          takes=("butterflies",)),
     "approximations": Study("approximations:run", "what cheaper training than the exact method "
