@@ -276,7 +276,8 @@ class _Inception(nn.Module):
             feature_extractor_weights_path=None if weights is None else str(weights))
 
     def forward(self, x: Tensor) -> Features:
-        features, logits = self.network(((x + 1) * 127.5).round().to(torch.uint8))
+        features, logits = self.network(
+            ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
         return Features(features, logits)
 
 

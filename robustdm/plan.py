@@ -122,7 +122,7 @@ def plan(config: PlanConfig) -> dict:
         print("or, at no extra cost: train with --objective ddpm, then python -m robustdm.sample "
               f"{_shrunk_flags(rows[SHRUNK])}")
     print("Predicted for Gaussian data and a network at its optimum; networks on real data deviate "
-          "(docs/studies.md says by how much).")
+          "(docs/evaluation.md says by how much).")
     result = {
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "sigma": sigma,

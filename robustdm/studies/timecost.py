@@ -28,6 +28,7 @@ def timecost(scale: Scale) -> list[Claim]:
     model, minutes = MODELS[scale.name]
     scale.out.mkdir(parents=True, exist_ok=True)
     path = scale.out / "step.json"
+    path.unlink(missing_ok=True)  # an earlier record must not pass for this one
     command = ["benchmarks/run.py", "--suite", "step", "--model", model, "--minutes", str(minutes),
                "--steps", "0"]
     done = subprocess.run([sys.executable, str(script), *command[1:], "--out", str(path)],
