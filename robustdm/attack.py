@@ -158,7 +158,8 @@ def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]
             moved = {}
             for method in ("random", *methods):
                 made = TrajectoryAttack(method, seed=config.seed, variance=config.variance,
-                                        phi=config.phi, objective=config.objective,
+                                        size=config.size, phi=config.phi,
+                                        objective=config.objective,
                                         iterations=config.iterations)
                 delta = made.perturbation(generator.model, chain, k, numbers, x, z)
                 moved[method] = made.measure(generator.model, chain, k, x, delta).sum().item()

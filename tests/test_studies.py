@@ -309,9 +309,11 @@ def test_figure_8(tmp_path, monkeypatch):
 
 def test_figures_7_and_24(tmp_path, monkeypatch):
     arms, claims, page = paper_study("fig7", tmp_path, monkeypatch)
-    assert len(arms) == 10 and "predicted signal" in page and len(claims) == 6
+    assert len(arms) == 10 + 3 + 2 * 5 and "predicted signal" in page and len(claims) == 6
     arms, claims, _ = paper_study("fig24", tmp_path, monkeypatch, steps=4)
-    assert {a["config"]["steps"] for a in arms} == {1, 2, 4, 8} and len(claims) == 4
+    robust = [a for a in arms if "adv" in a["name"]]
+    assert {a["config"]["steps"] for a in robust} == {1, 2, 4, 8} and len(claims) == 4
+    assert any("shrunk" in a["name"] for a in arms)
 
 
 def test_figures_2_and_6(tmp_path, monkeypatch):
@@ -373,11 +375,20 @@ def test_the_list_names_every_study(capsys):
     (["table2", "--scale", "small"], "data_dir is not given"),
     (["table2", "--scale", "small", "--data-dir", "x"], "needs a feature space"),
     (["table2", "--data-dir", "x"], "tiny makes its own data"),
+    (["table2", "--features", "resnet56"], "features is 'resnet56': tiny makes its own"),
+    (["table2", "--scale", "small", "--data-dir", "x", "--features", "pixels"], "more pixels"),
     (["table2", "--steps", "0"], "steps is 0"),
 ])
 def test_wrong_reproductions_are_refused(args, words):
     with pytest.raises(UsageError, match=words):
         main(args)
+
+
+def test_steps_that_equal_another_study_s_default_are_taken(tmp_path):
+    scale = scales.make_scale("tiny", tmp_path / "x", 1, 1, 3000)
+    assert {a.config.steps for a in flow._arms(scale, ("DDPM",))} == {3000}
+    assert memorisation._digits(scale).base["steps"] == 3000
+    assert memorisation._digits(replace(scale, steps=None)).base["steps"] == 1200
 
 
 def test_a_claim_needs_every_seed():

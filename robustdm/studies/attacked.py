@@ -62,6 +62,12 @@ def fig8(scale: Scale) -> list[Claim]:
                 values(_row("robust_adv", method, share)), values(_row("DDPM", method, share)),
                 paper=f"{robust[i]} / {ddpm[i]}"))
 
+    for share in SHARES:
+        claims.append(ratio_claim(
+            f"not in the paper: the same ratio under random signs, {share:.0%} of the steps (below "
+            "1: no adversary is needed for it)", values(_row("robust_adv", "random", share)),
+            values(_row("DDPM", "random", share))))
+
     def rise(name, method, share, relative):
         attacked = values(_row(name, method, share))
         return [a / b if relative else a - b for a, b in zip(attacked, plain[name], strict=True)]

@@ -328,6 +328,13 @@ def table2(scale: Scale) -> list[Claim]:
         scale.differs, READ, sheet(scale, arms))
 
 
+def _plain(scale: Scale, sigma: float) -> list[Arm]:
+    """Plain DDPM and what the paper leaves out beside it, for every seed."""
+    return [arm for seed in range(scale.seeds) for arm in (
+        scale.arm(noise_name(sigma), "DDPM", METHODS["DDPM"] | corrupted(sigma), seed),
+        *scale.baselines(noise_name(sigma), corrupted(sigma), seed, sigma))]
+
+
 def fig7(scale: Scale) -> list[Claim]:
     """How lambda trades noise for smoothing, beside what the planner predicts."""
     arms = []
@@ -336,13 +343,14 @@ def fig7(scale: Scale) -> list[Claim]:
             arms += [scale.arm(noise_name(sigma), f"robust_adv, lam {lam:g}",
                                METHODS["robust_adv"] | corrupted(sigma) | dict(lam=lam), seed)
                      for seed in range(scale.seeds)]
+        arms += _plain(scale, sigma)
     records = scale.run(arms)
     found = tables(records, columns_of(scale))
     if scale.signal:
         for sigma, (_, rows) in zip((0.0, *SIGMAS), found.items(), strict=True):
             for name, row in rows.items():
-                lam = float(name.rsplit(" ", 1)[1])
-                row |= _predicted(scale, lam, sigma)
+                if name.startswith("robust_adv"):
+                    row |= _predicted(scale, float(name.rsplit(" ", 1)[1]), sigma)
 
     def values(sigma, lam, measure):
         return by_seed(records, noise_name(sigma), f"robust_adv, lam {lam:g}", measure)
@@ -387,6 +395,7 @@ def fig24(scale: Scale) -> list[Claim]:
         arms += [scale.arm(noise_name(sigma), f"robust_adv, {steps} steps",
                            METHODS["robust_adv"] | corrupted(sigma) | dict(steps=steps), seed)
                  for steps in stages for seed in range(scale.seeds)]
+        arms += _plain(scale, sigma)
     records = scale.run(arms)
 
     def values(sigma, stage, measure):

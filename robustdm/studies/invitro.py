@@ -41,7 +41,7 @@ COLUMNS = {
 }
 SHOWN = ("DDPM", "robust_adv (ray)", "robust_adv (x)", "invariance")
 SCORE_TIMESTEP = 30
-"""Where the learned score is compared with the true one: noise scale 0.12."""
+"""Where the learned score is compared with the true one: noise scale 0.11."""
 
 
 def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES) -> list[Arm]:

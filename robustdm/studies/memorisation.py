@@ -113,8 +113,7 @@ def fig6_left(scale: Scale) -> list[Claim]:
 
 def _digits(scale: Scale) -> Scale:
     """The handwritten digits: what memorises must be images."""
-    steps = 1200 if scale.base["steps"] == preset_values("subspace")["steps"] else (
-        scale.base["steps"])
+    steps = scale.steps or 1200
     base = preset_values("digits") | dict(steps=steps, holdout=0.2)
     return dataclasses.replace(
         scale, base=base, samples=300, sampling_steps=250, signal=(), noise="noise_rms",

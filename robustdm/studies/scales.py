@@ -37,6 +37,7 @@ class Scale:
         features, weights: feature space of the Frechet distance; None leaves it out.
         differs: what is not as in the paper, a sentence each.
         seeds, out, jobs: repeats, directory of the results, processes.
+        steps: optimizer steps that were asked for, None for those of each study.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Scale:
     seeds: int
     out: Path
     jobs: int
+    steps: int | None = None
     batch_size: int = 2000
     make_data: Callable[[TrainConfig], Data] = load_data
 
@@ -110,12 +112,13 @@ def make_scale(
     """
     if name not in SCALES:
         raise UsageError(f"scale is {name!r}: choose one of {', '.join(SCALES)}")
-    common = dict(name=name, seeds=seeds, out=out, jobs=jobs)
+    common = dict(name=name, seeds=seeds, out=out, jobs=jobs, steps=steps)
     if name == "tiny":
-        for key, value in (("data_dir", data_dir), ("weights", weights)):
+        for key, value in (("data_dir", data_dir), ("weights", weights),
+                           ("features", None if features == "auto" else features)):
             if value is not None:
-                raise UsageError(f"{key} is {str(value)!r}: tiny makes its own data; use --scale "
-                                 "small or full")
+                raise UsageError(f"{key} is {str(value)!r}: tiny makes its own data and has its "
+                                 "own features; use --scale small or full")
         base = preset_values("subspace") | ({"steps": steps} if steps else {})
         return Scale(
             base=base, samples=500, sampling_steps=None, attacked_samples=256, attacked_steps=100,
@@ -132,6 +135,9 @@ def make_scale(
     if data_dir is None:
         raise UsageError(f"data_dir is not given: --scale {name} trains on CIFAR-10, name your "
                          "copy")
+    if features in ("pixels", "digits"):
+        raise UsageError(f"features is {features!r}: --scale {name} cannot measure in them (more "
+                         "pixels than samples; no digits); use inception or resnet56")
     if features == "auto":
         raise UsageError(f"features is 'auto': --scale {name} needs a feature space; use "
                          "--features inception (the paper's), or resnet56 with --weights")
@@ -144,7 +150,8 @@ def make_scale(
                      steps=steps or 4000, lr=2e-4, warmup_steps=200, ema_rates=(0.999,),
                      dropout=0.0)
         return Scale(
-            base=base, samples=2500, sampling_steps=100, attacked_samples=500, attacked_steps=50,
+            # More than Inception's 2,048 features, which a Frechet distance takes.
+            base=base, samples=2500, sampling_steps=100, attacked_samples=2500, attacked_steps=50,
             noise="noise_level", signal=(), features=features, weights=weights, batch_size=500,
             **common, differs=(
                 f"A UNet of 7 million parameters, {base['steps']:,} steps of 128.",

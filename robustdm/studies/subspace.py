@@ -14,7 +14,6 @@ from robustdm.studies.runner import Arm, Claim, baseline_arms, run_arms, summari
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
-STEPS = preset_values("subspace")["steps"]
 SDS = [2.0, 1.4, 1.0, 0.7, 0.5]
 NOISE_DIMS = 27
 NOISE_SD = 0.1 * 0.9**0.5
