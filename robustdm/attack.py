@@ -39,6 +39,9 @@ class AttackConfig:
     """What the attack moves: the posterior mean of the step, or the predicted noise."""
     iterations: int = 20
     """Steps of pgd and eot."""
+    eot_loss: Literal["corrected", "printed"] = "corrected"
+    """What eot moves the sampler's step away from: where it would have gone, or, as the paper
+    prints it, where it is."""
     num: int = 256
     """Samples per run and attack."""
     steps: int | None = None
@@ -103,7 +106,8 @@ def attack(config: AttackConfig) -> dict:
     device = resolve_device(config.device)
     attacks = [None, *(
         TrajectoryAttack(method, share, config.where, config.seed, config.variance, config.size,
-                         config.phi, config.objective, config.iterations)
+                         config.phi, config.objective, config.iterations,
+                         eot_loss=config.eot_loss)
         for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
     generators = open_runs(config.runs, device, config.ema)
     compared, checks = Comparison(config, device), {}
@@ -157,10 +161,10 @@ def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]
         if k % stride == 0 and methods:
             moved = {}
             for method in ("random", *methods):
-                made = TrajectoryAttack(method, seed=config.seed, variance=config.variance,
-                                        size=config.size, phi=config.phi,
-                                        objective=config.objective,
-                                        iterations=config.iterations)
+                made = TrajectoryAttack(
+                    method, seed=config.seed, variance=config.variance, size=config.size,
+                    phi=config.phi, objective=config.objective, iterations=config.iterations,
+                    eot_loss=config.eot_loss)
                 delta = made.perturbation(generator.model, chain, k, numbers, x, z)
                 moved[method] = made.measure(generator.model, chain, k, x, delta).sum().item()
             for method in methods:

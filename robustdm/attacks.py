@@ -26,6 +26,7 @@ from robustdm.sampling import Respaced, Variance
 Method = Literal["fgsm", "pgd", "eot", "random"]
 Where = Literal["stride", "random", "first", "last"]
 AttackObjective = Literal["mu", "eps"]
+EotLoss = Literal["corrected", "printed"]
 
 
 def attacked_steps(steps: int, share: float, where: Where = "stride", seed: int = 0) -> list[bool]:
@@ -75,7 +76,10 @@ class TrajectoryAttack:
         pgd on the mean gradient over ``draws`` noises z of ||x_prev - (mu(x + d) + sigma z)||^2,
         where x_prev is what the sampler's own noise gives. The noise is added behind the network,
         so the mean gradient is one backward pass from the mean of the cotangents: 42 passes, not
-        202. As z does not depend on d this is pgd's gradient with noise on it.
+        202. As z does not depend on d, that is pgd's gradient with noise on it, and with a term
+        from the sampler's own noise that is the same in every iteration: it drives d to undo that
+        noise. ``eot_loss="printed"`` is Algorithm 4 as it stands, ||x - (mu(x + d) + sigma z)||^2:
+        away from where the state is, not from where it would have gone.
     ``random``
         control: d = +-sigma with random signs, no gradient.
 
@@ -88,6 +92,7 @@ class TrajectoryAttack:
         objective: what L compares, "mu" or the network's prediction, "eps".
         iterations: steps of pgd and eot.
         draws: noises of eot.
+        eot_loss: of eot, see above.
         shared: compute eot's mean gradient in one pass; otherwise one by one, for comparison.
 
     Raises:
@@ -104,10 +109,12 @@ class TrajectoryAttack:
     objective: AttackObjective = "mu"
     iterations: int = 20
     draws: int = 5
+    eot_loss: EotLoss = "corrected"
     shared: bool = True
 
     def __post_init__(self):
-        for name, choices in (("method", Method), ("objective", AttackObjective)):
+        for name, choices in (("method", Method), ("objective", AttackObjective),
+                              ("eot_loss", EotLoss)):
             if getattr(self, name) not in choices.__args__:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(choices.__args__)}")
@@ -115,6 +122,9 @@ class TrajectoryAttack:
         for name in ("iterations", "draws"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.eot_loss == "printed" and self.objective != "mu":
+            raise UsageError(f"objective is {self.objective!r}: the printed eot_loss compares with "
+                             "the state and takes 'mu'")
         if not (math.isfinite(self.size) and self.size >= 0):
             raise UsageError(f"size is {self.size}: it must be a finite number, 0 or more")
         if not (math.isfinite(self.phi) and self.phi > 0):
@@ -156,20 +166,24 @@ class TrajectoryAttack:
         words = philox(self.seed, timestep, index, Stream.ATTACK)
         if self.method == "random":
             return sigma * ((words[2] & 1) * 2 - 1).to(x.dtype)
-        moved = self._moved(model, chain, k, x)
+        moved, clean = self._moved(model, chain, k, x)
         start = self.phi * sigma * normal(words[0], words[1], x.dtype)
         if self.method == "fgsm":
             return sigma * _gradient(lambda d: moved(d).square().sum(), start).sign()
+        # What eot's loss compares with, from the clean output on.
+        if self.method == "eot" and self.eot_loss == "printed":
+            target = x - clean
+        else:
+            target = self._ancestral_noise(chain, k) * (0 if noise is None else noise)
         delta = start
         for n in range(self.iterations):
             if self.method == "pgd":
                 gradient = _gradient(lambda d: moved(d).square().sum(), delta)
             else:
-                own = self._ancestral_noise(chain, k) * (0 if noise is None else noise)
                 offsets = [
                     self._ancestral_noise(chain, k) * normal(
                         *philox(self.seed, timestep, index, Stream.ATTACK + 256 * (
-                            1 + n * self.draws + draw))[:2], x.dtype) - own
+                            1 + n * self.draws + draw))[:2], x.dtype) - target
                     for draw in range(self.draws)
                 ]
                 gradient = self._mean_gradient(moved, delta, offsets)
@@ -181,21 +195,23 @@ class TrajectoryAttack:
     ) -> Tensor:
         """L(delta) per sample: (B,) float64."""
         with torch.no_grad():
-            return self._moved(model, chain, k, x)(delta).double().square().flatten(1).sum(1)
+            moved, _ = self._moved(model, chain, k, x)
+            return moved(delta).double().square().flatten(1).sum(1)
 
-    def _moved(self, model: Callable, chain: Respaced, k: int, x: Tensor) -> Callable:
-        """d -> how far the output moves when x does by d."""
-        t = torch.full((len(x),), chain.timesteps[k].item(), device=x.device)
-
-        def output(x: Tensor) -> Tensor:
-            eps = predict_noise(model, x, t).to(x.dtype)
-            if self.objective == "eps":
-                return eps
-            return chain.posterior_mean(k, x, chain.predict_x0(k, x, eps))
-
+    def _moved(
+        self, model: Callable, chain: Respaced, k: int, x: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """d -> how far the output moves when x does by d; and the output at x."""
         with torch.no_grad():
-            clean = output(x)
-        return lambda delta: output(x + delta) - clean
+            clean = self._output(model, chain, k, x)
+        return lambda delta: self._output(model, chain, k, x + delta) - clean, clean
+
+    def _output(self, model: Callable, chain: Respaced, k: int, x: Tensor) -> Tensor:
+        t = torch.full((len(x),), chain.timesteps[k].item(), device=x.device)
+        eps = predict_noise(model, x, t).to(x.dtype)
+        if self.objective == "eps":
+            return eps
+        return chain.posterior_mean(k, x, chain.predict_x0(k, x, eps))
 
     def _ancestral_noise(self, chain: Respaced, k: int) -> float:
         # The last step adds none, though sigma is not zero there.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +32,7 @@ class MemoriseConfig:
     """Training images: a folder, zip, .npy, .npz or a copy of CIFAR-10."""
     heldout: Path | None = None
     """Images of the same kind that were not trained on; the run's held-out part if not given."""
-    blur: float = 1.0
+    blur: float = 0.5
     """Standard deviation in pixels of the blur of the second control."""
     features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
                       "dinov2"] = "auto"
@@ -148,11 +148,7 @@ def memorise(config: MemoriseConfig) -> dict:
     # Not a control but a scale: how near the training images are to one another.
     found["training images, themselves left out"] = nearest(
         reference[: config.num], reference, exclude_self=True)
-    rows = {name: {
-        "images": len(s), "mean": s.mean().item(),
-        **{f"share >= {t:g}": (s >= t).double().mean().item() for t in THRESHOLDS},
-        "1st percentile": s.quantile(0.01).item(), "99th percentile": s.quantile(0.99).item(),
-    } for name, (s, _) in found.items()}
+    rows = {name: {"images": len(s)} | nearness(s) for name, (s, _) in found.items()}
     print(f"nearest of {len(train)} training images, {extractor.name} features, cosine similarity")
     print(text_table(rows))
     record = {
@@ -167,8 +163,39 @@ def memorise(config: MemoriseConfig) -> dict:
     return record
 
 
-def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
+def nearness(similarity) -> dict[str, float]:
+    """Measures of how near samples are to single training images.
+
+    Args:
+        similarity: (N,) cosine similarity of each to its nearest training image.
+    """
+    return {
+        "mean": similarity.mean().item(),
+        **{f"share >= {t:g}": (similarity >= t).double().mean().item() for t in THRESHOLDS},
+        "1st percentile": similarity.quantile(0.01).item(),
+        "99th percentile": similarity.quantile(0.99).item(),
+    }
+
+
+def histogram(similarities: Mapping, title: str):
+    """Figure of similarities, name -> (N,), with the first threshold."""
     import numpy as np
+
+    from robustdm import plots
+
+    made, axes = plots.figure(1, 1, size=(6.0, 3.6))
+    edges = np.linspace(min(0.85, *(float(s.min()) for s in similarities.values())), 1, 60)
+    for colour, (name, s) in zip(plots.COLOURS, similarities.items(), strict=False):
+        axes[0, 0].hist(s.numpy(), bins=edges, density=True, histtype="step", color=colour,
+                        label=name)
+    axes[0, 0].axvline(THRESHOLDS[0], color=plots.INK, linestyle=":", linewidth=1)
+    axes[0, 0].set(xlabel="cosine similarity to the nearest training image", ylabel="density",
+                   title=title)
+    axes[0, 0].legend(fontsize=7)
+    return made
+
+
+def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
     import torch
 
     from robustdm import plots, webpage
@@ -179,16 +206,7 @@ def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
-    made, axes = plots.figure(1, 1, size=(6.0, 3.6))
-    low = min(float(s.min()) for s, _ in found.values())
-    edges = np.linspace(min(low, 0.85), 1, 60)
-    for colour, (name, (s, _)) in zip(plots.COLOURS, found.items(), strict=False):
-        axes[0, 0].hist(s.numpy(), bins=edges, density=True, histtype="step", color=colour,
-                        label=name)
-    axes[0, 0].axvline(THRESHOLDS[0], color=plots.INK, linestyle=":", linewidth=1)
-    axes[0, 0].set(xlabel="cosine similarity to the nearest training image", ylabel="density",
-                   title=f"{extractor.name} features")
-    axes[0, 0].legend(fontsize=7)
+    made = histogram({name: s for name, (s, _) in found.items()}, f"{extractor.name} features")
     plots.save(made, out / "memorise.png")
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     similarity, index = found["samples"]

@@ -16,7 +16,8 @@ from robustdm.errors import UsageError
 
 Name = Literal[
     "fig2", "fig3", "fig6-left", "fig6-right", "fig7", "fig8", "table1", "table2", "fig24",
-    "timecost", "calibration", "subspace", "invitro", "digits", "lambda-mode", "approximations",
+    "timecost", "calibration", "finetune", "finetune-digits", "subspace", "invitro", "digits",
+    "lambda-mode", "approximations",
 ]
 
 
@@ -31,6 +32,7 @@ class Study:
         minutes: measured time of the tiny scale with three seeds, on two CPU cores.
         scales: that it has; of the project's own studies, none.
         takes: flags that it has besides.
+        features: whether small and full measure in a feature space.
     """
 
     where: str
@@ -38,6 +40,7 @@ class Study:
     minutes: float
     scales: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    features: bool = True
 
 
 _ALL = ("tiny", "small", "full")
@@ -45,7 +48,7 @@ STUDIES = {
     "fig2": Study("flow:fig2", "on 3-D sets with noise, robust_adv finds the data, DDPM the noise, "
                   "and invariance diverges", 6, ("tiny",)),
     "fig3": Study("denoising:fig3", "on a known subspace, robust models leave less noise, and "
-                  "invariance fails", 14, _ALL),
+                  "invariance fails", 14, _ALL, features=False),
     "fig6-left": Study("memorisation:fig6_left", "robust models memorise less", 11, _ALL),
     "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 3,
                         ("tiny",)),
@@ -58,6 +61,9 @@ STUDIES = {
     "timecost": Study("timecost:timecost", "a step costs 2.5 times DDPM's", 6, _ALL),
     "calibration": Study("calibration:run", "how far the corrupted training set is from the clean "
                          "one", 0.2, takes=("data_dir", "features", "weights", "count")),
+    "finetune": Study("finetune:finetune", "a part of the budget makes a DDPM robust", 13, _ALL),
+    "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 70,
+                             ("tiny",)),
     "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 13),
     "invitro": Study("invitro:run", "all objectives on the 3-D sets", 10),
     "digits": Study("digits:run", "all objectives on handwritten digits", 50),
@@ -78,13 +84,15 @@ class ReproduceConfig:
     """Only print the names, with what each is about and how long it takes."""
     scale: Literal["tiny", "small", "full"] | None = None
     """tiny: two CPU cores, 15 minutes at most; small: CIFAR-10 with a small network, for a GPU;
-    full: the paper's protocol. tiny if not given; the studies of the project have none."""
+    full: the paper's protocol. tiny if not given, and for the project's own studies."""
     seeds: int = 3
     """Repeats of every arm, with seeds 0, 1, ..."""
     steps: int | None = None
     """Optimizer steps of every arm; by default the study's own."""
     jobs: int = 0
     """Arms trained side by side; 0 is one per CPU core, or one on a GPU."""
+    fresh: bool = False
+    """Use no arms that are kept from before; they are moved aside, not deleted."""
     out: Path | None = None
     """Directory of the results; by default runs/reproduce/NAME, with -SCALE but for tiny. Trained
     arms stay beside it."""
@@ -122,20 +130,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UsageError(f"{key} is {value}: it must be at least 1")
+    from robustdm.studies.runner import arms_directory
+
     study = STUDIES[config.name]
     scale = config.scale or "tiny"
-    if config.scale and config.scale not in study.scales:
-        known = ", ".join(study.scales) or "none, leave --scale out"
+    if scale not in (study.scales or ("tiny",)):
+        known = ", ".join(study.scales or ("tiny",))
         raise UsageError(f"scale is {config.scale!r}: the scales of {config.name} are: {known}")
     suffix = f"-{scale}" if scale != "tiny" else ""
     out = config.out or Path("runs/reproduce") / f"{config.name}{suffix}"
+    if config.fresh:
+        _move_aside(arms_directory(out))
     module, function = study.where.split(":")
     run = getattr(import_module(f"robustdm.studies.{module}"), function)
     if study.scales:
         from robustdm.studies.scales import make_scale
 
         claims = run(make_scale(scale, out, config.seeds, config.jobs, config.steps,
-                                config.data_dir, config.features, config.weights))
+                                config.data_dir, config.features, config.weights,
+                                study.features))
     else:
         extra = {key: getattr(config, key) for key in study.takes}
         claims = run(out, config.seeds, config.steps, config.jobs, **extra)
@@ -144,6 +157,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = "page.html" if (out / "page.html").exists() else "table.md"
     print(f"table, figures and records: {out / page}")
     return 0
+
+
+def _move_aside(kept: Path) -> None:
+    if kept.exists():
+        number = 1
+        while (there := kept.with_name(f"{kept.name}.{number}")).exists():
+            number += 1
+        kept.rename(there)
+        print(f"{kept} is moved to {there}")
 
 
 def overview() -> str:

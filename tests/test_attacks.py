@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from robustdm import NoiseSchedule, Objective, Perturbation, UsageError, fast_network
 from robustdm.attacks import TrajectoryAttack, attacked_steps
 from robustdm.models import PointMLP
+from robustdm.random import Stream, element_index, normal, philox
 from robustdm.sampling import Respaced, sample, timesteps
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -183,7 +184,7 @@ def test_the_expectation_in_one_pass_equals_the_naive_one(k):
         x, z = (v.to(dtype) for v in state())
         shared = attack("eot")
         sigma = CHAIN.std["fixed_large"][k].item()
-        moved = shared._moved(net, CHAIN, k, x)
+        moved, _ = shared._moved(net, CHAIN, k, x)
         offsets = [0.3 * torch.randn_like(x) for _ in range(5)]
         delta = 0.5 * sigma * torch.randn_like(x)
         one = shared._mean_gradient(moved, delta, offsets)
@@ -195,9 +196,35 @@ def test_the_expectation_in_one_pass_equals_the_naive_one(k):
     assert torch.allclose(*both, atol=1e-12)
 
 
+def test_the_printed_loss_of_eot_leads_away_from_the_state():
+    """Its gradient, written out: that of ||x - (mu(x + d) + sigma z)||^2, averaged over z."""
+    net, k = conv_network().double(), 4
+    x, z = (v.double() for v in state())
+    made = attack("eot", eot_loss="printed", iterations=1, draws=1)
+    sigma = CHAIN.std["fixed_large"][k].item()
+    index = element_index(0, tuple(x.shape))
+    words = philox(made.seed, CHAIN.timesteps[k].item(), index, Stream.ATTACK)
+    start = sigma * normal(*words[:2], torch.float64)
+    zeta = normal(*philox(made.seed, CHAIN.timesteps[k].item(), index, Stream.ATTACK + 256)[:2],
+                  torch.float64)
+    d = start.clone().requires_grad_()
+    t = torch.full((len(x),), CHAIN.timesteps[k].item())
+    with torch.enable_grad():
+        mu = CHAIN.posterior_mean(k, x + d, CHAIN.predict_x0(k, x + d, net(x + d, t)))
+        (gradient,) = torch.autograd.grad((x - (mu + sigma * zeta)).square().sum(), d)
+    expected = (start + sigma * gradient.sign()).clamp(-sigma, sigma)
+    found = made.perturbation(net, CHAIN, k, NUMBERS, x, z)
+    assert torch.allclose(found, expected)
+    # It does not take back the sampler's own noise z, which the corrected loss compares with.
+    assert torch.equal(found, made.perturbation(net, CHAIN, k, NUMBERS, x, -z))
+    other = attack("eot", iterations=1, draws=1)
+    assert not torch.equal(*(other.perturbation(net, CHAIN, k, NUMBERS, x, v) for v in (z, -z)))
+
+
 def test_the_cost_of_an_attacked_step():
     x, z = state()
     for made, forwards in ((attack("fgsm"), 2), (attack("pgd"), 21), (attack("eot"), 21),
+                           (attack("eot", eot_loss="printed"), 21),
                            (attack("eot", shared=False), 101), (attack("random"), 0)):
         net = conv_network()
         made.perturbation(net, CHAIN, 2, NUMBERS, x, z)
@@ -269,6 +296,8 @@ def test_attacks_raise_the_objective_over_the_random_control_in_every_batch():
     (dict(size=float("nan")), "size is nan"),
     (dict(iterations=0), "iterations is 0"),
     (dict(objective="x0"), "objective is 'x0'"),
+    (dict(eot_loss="other"), "eot_loss is 'other'"),
+    (dict(objective="eps", eot_loss="printed"), "objective is 'eps': the printed eot_loss"),
 ])
 def test_bad_settings_are_named(fields, words):
     with pytest.raises(UsageError, match=words):

@@ -23,6 +23,7 @@ from robustdm.studies import (
     approximations,
     denoising,
     digits,
+    finetune,
     flow,
     invitro,
     lambda_mode,
@@ -30,15 +31,23 @@ from robustdm.studies import (
     scales,
     subspace,
 )
-from robustdm.studies.runner import (
+from robustdm.studies.claims import (
     Claim,
     Spread,
+    interval,
+    judge,
+    ratio_claim,
+    untested,
+)
+from robustdm.studies.runner import (
     arms_directory,
+    load_model,
     load_samples,
     read_arms,
     run_arm,
     summarise,
 )
+from robustdm.studies.tradeoff import equal_signal_claim, shrunk_noise
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -99,10 +108,11 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     assert main(command) == 0
     second = capsys.readouterr().out
-    assert "10 of 10 arms are done already" in second
+    assert "14 of 14 arms are done already" in second
     assert first[first.index("|"):] == second[second.index("|"):]
     results = json.loads((tmp_path / "subspace" / "results.json").read_text())
-    assert len(results["arms"]) == 10 and len(results["claims"]) == 9
+    assert len(results["arms"]) == 14 and len(results["claims"]) == 10
+    assert (tmp_path / "subspace" / "tradeoff.png").exists()
     assert "| robust_adv (ray)" in (tmp_path / "subspace" / "table.md").read_text()
     # What all arms have in common is written once, and read back whole.
     assert results["config"]["num_points"] == 5000 and "num_points" not in (
@@ -160,8 +170,8 @@ def test_claims_have_a_verdict():
     of_paper = Claim("x", Spread(0.5, 0.1), "below 1", True, "0.4")
     assert str(of_paper) == "reproduced: x: 0.5 ±0.1 (below 1; paper: 0.4)"
     assert replace(of_paper, holds=False).verdict == "NOT reproduced"
-    assert str(replace(of_paper, value=None, holds=None)) == (
-        "not tested at this scale: x (paper: 0.4)")
+    assert replace(of_paper, holds=None).verdict == "undecided"
+    assert str(untested("x", "0.4")) == "not tested at this scale: x (paper: 0.4)"
 
 
 def test_wrong_numbers_are_refused():
@@ -263,7 +273,7 @@ def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
 def test_figure_3(tmp_path, monkeypatch, capsys):
     arms, claims, page = paper_study("fig3", tmp_path, monkeypatch, seeds=2)
     rows = {(r["group"], r["name"]) for r in arms}
-    assert len(rows) == 16 and len(arms) == 32
+    assert len(rows) == 16 + 3 and len(arms) == 2 * 19, "arms, and the data themselves"
     assert {n for g, n in rows if "90 %" in g} >= {
         "DDPM, shrunk 0.1", "DDPM, stopped early", "invariance, lam 0.03"}
     ddpm, shrunk = (next(r for r in arms if r["name"] == n and "90 %" in r["group"])
@@ -273,8 +283,12 @@ def test_figure_3(tmp_path, monkeypatch, capsys):
     error = ddpm["measures"]["rho"] ** 2 / 32  # of a sample of mean error, about
     assert ddpm["measures"]["psnr"] == pytest.approx(-10 * math.log10(error / 4), abs=1)
     said = capsys.readouterr().out
-    assert "reproduced: " in said and "of 2 seeds" in said and "<img" in page
-    assert all(c["holds"] is not None for c in claims)
+    assert "reproduced: " in said and "95 % in" in said and "<img" in page
+    clean = next(r["measures"] for r in arms if r["name"] == "clean data, drawn anew")
+    train = next(r["measures"] for r in arms if r["name"] == "training data")
+    assert clean["off_subspace_sd"] < 1e-6 and clean["signal"] == pytest.approx(1, abs=0.06)
+    assert train["off_subspace_sd"] == pytest.approx(0.1 * 0.9**0.5, rel=0.1)
+    assert 0 < clean["frechet"] < 0.5 * train["frechet"]
 
 
 def test_tables_1_and_2_share_their_training(tmp_path, monkeypatch):
@@ -288,10 +302,10 @@ def test_tables_1_and_2_share_their_training(tmp_path, monkeypatch):
     monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
                                                                            **quick))
     arms, claims, _ = paper_study("table1", tmp_path, monkeypatch)
-    trained = {a["train_s"] for a in arms}
+    trained = {a["train_s"] for a in arms if "train_s" in a}
     assert len(trained) == 4 + 4 + 2, "three methods and equal work at two sigmas, two on clean"
     arms, claims, page = paper_study("table2", tmp_path, monkeypatch)
-    new = {a["train_s"] for a in arms} - trained
+    new = {a["train_s"] for a in arms if "train_s" in a} - trained
     assert not new, "table 2 trained again what table 1 had"
     verdicts = {c["paper"]: c["holds"] for c in claims}
     assert verdicts["83.8 / 97.6"] is None and "not tested at this scale" in page
@@ -301,15 +315,18 @@ def test_tables_1_and_2_share_their_training(tmp_path, monkeypatch):
 def test_figure_8(tmp_path, monkeypatch):
     arms, claims, page = paper_study("fig8", tmp_path, monkeypatch)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 2 * (1 + 4 * 4) and len({r["train_s"] for r in arms}) == 2
-    assert sum(c["paper"].count("/") == 1 for c in claims) >= 12 + 4
+    assert len(rows) == 2 * (1 + 5 * 4) + 1 + 2 * 4 + 1
+    assert len({r["train_s"] for r in arms if "train_s" in r}) == 2
+    assert sum(c["paper"].count("/") == 1 for c in claims) >= 16 + 4
     of = {(r["name"], r["seed"]): r["measures"]["frechet"] for r in arms}
     assert len({of[f"DDPM, fgsm {s}%", 0] for s in (25, 50, 75, 100)}) == 4
+    assert of["DDPM, eot 100%", 0] != of["DDPM, eot as printed 100%", 0]
+    assert len({of[f"{n}, fgsm 100%", 0] for n in ("DDPM", "DDPM, shrunk 0.3")}) == 2
 
 
 def test_figures_7_and_24(tmp_path, monkeypatch):
     arms, claims, page = paper_study("fig7", tmp_path, monkeypatch)
-    assert len(arms) == 10 + 3 + 2 * 5 and "predicted signal" in page and len(claims) == 6
+    assert len(arms) == 10 + 3 + 2 * 5 + 3 + 2 and "predicted signal" in page and len(claims) == 6
     arms, claims, _ = paper_study("fig24", tmp_path, monkeypatch, steps=4)
     robust = [a for a in arms if "adv" in a["name"]]
     assert {a["config"]["steps"] for a in robust} == {1, 2, 4, 8} and len(claims) == 4
@@ -329,7 +346,7 @@ def test_figures_2_and_6(tmp_path, monkeypatch):
     arms, claims, _ = paper_study("fig6-right", tmp_path, monkeypatch)
     assert all(1 < a["measures"]["cells"] < 6400 for a in arms)
     assert all(0 < a["measures"]["straightness"] <= 1 for a in arms)
-    assert claims[-1]["holds"] is None
+    assert claims[-1]["holds"] is None and not claims[-1]["tested"]
 
 
 def test_memorisation_of_digits(tmp_path, monkeypatch):
@@ -339,10 +356,50 @@ def test_memorisation_of_digits(tmp_path, monkeypatch):
                                                                            **quick))
     arms, claims, page = paper_study("fig6-left", tmp_path, monkeypatch)
     assert {a["name"] for a in arms} == {
-        "DDPM", "robust_adv", "held-out images", "blurred training images"}
+        "DDPM", "robust_adv", "held-out images", "training images, blurred",
+        "DDPM's samples, blurred"}
     means = {a["name"]: a["measures"]["mean"] for a in arms}
     assert 0.9 < means["held-out images"] < 1, "held-out digits are not in the training set"
     assert means["DDPM"] < means["held-out images"]
+
+
+def test_fine_tuning_spends_the_same_work(tmp_path):
+    scale = scales.make_scale("tiny", tmp_path / "x", 1, 1, 400)
+    _, arms = finetune.arms(scale, 0.1)
+    of = {a.name: a for a in arms}
+    budget = 400 * 8
+    for share in finetune.SHARES:
+        for way in finetune.WAYS:
+            made = of[finetune.row(way, share)]
+            work = approximations.units(made.config) * made.config.steps
+            assert work == pytest.approx(share * budget, abs=8) and made.start == of["DDPM"].config
+        both = of[finetune.row(finetune.SAME_TOTAL, share)]
+        assert both.start is None
+        assert both.config.steps * 8 == pytest.approx(400 * 3 + share * budget, abs=8)
+    tuned = of["robust_adv, 10%"]
+    assert tuned.started_from.training_key == of["DDPM"].training_key
+    assert replace(tuned, start=None).training_key != tuned.training_key
+    longer = replace(tuned, start=replace(tuned.start, steps=500))
+    assert longer.key != tuned.key, "other weights to start from"
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(arm, tmp_path):
+    kept = arms_directory(tmp_path / "study")
+    plain = replace(arm, config=replace(arm.config, steps=4))
+    tuned = replace(arm, config=replace(arm.config, steps=1, lr=1e-12), start=plain.config)
+    run_arm(tuned, kept, threads=1)  # trains the other first, as it is not there
+    first, second = (load_model(a, tmp_path / "study").state_dict() for a in (plain, tuned))
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-6), name
+
+
+def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "SHARES", (0.2, 0.5))
+    arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
+    rows = {r["name"] for r in arms}
+    assert len(rows) == 4 + 2 * 6 + 2 and page.count("<img") == 1
+    assert "within 10 % of from-scratch in the mean from a share of" in page
+    assert len(claims) == 2 * 2 * 4 + 2
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):
@@ -370,7 +427,7 @@ def test_the_list_names_every_study(capsys):
 
 @pytest.mark.parametrize("args, words", [
     ([], "name is not given"),
-    (["subspace", "--scale", "small"], "the scales of subspace are: none"),
+    (["subspace", "--scale", "small"], "the scales of subspace are: tiny"),
     (["fig2", "--scale", "full"], "the scales of fig2 are: tiny"),
     (["table2", "--scale", "small"], "data_dir is not given"),
     (["table2", "--scale", "small", "--data-dir", "x"], "needs a feature space"),
@@ -391,12 +448,43 @@ def test_steps_that_equal_another_study_s_default_are_taken(tmp_path):
     assert memorisation._digits(replace(scale, steps=None)).base["steps"] == 1200
 
 
-def test_a_claim_needs_every_seed():
-    claim = scales.ratio_claim("x", [1.0, 3.0], [2.0, 2.0])
-    assert not claim.holds and claim.value == "1 ±0.71; 1 of 2 seeds" and claim.target == "below 1"
-    assert scales.ratio_claim("x", [1.0, 1.5], [2.0, 2.0]).holds
-    assert scales.ratio_claim("x", [3.0, 5.0], [2.0, 2.0], at_least=1.4).holds
-    assert not scales.ratio_claim("x", [2.0, 5.0], [2.0, 2.0], at_least=1.4).holds
+def test_a_verdict_needs_an_interval_on_one_side_of_the_limit():
+    ones = [1.0, 1.0, 1.0]
+    claim = ratio_claim("x", [0.70, 0.71, 0.72], ones)
+    assert claim.holds and claim.target == "at most 0.95"
+    assert claim.value.startswith("0.71 ±0.01; 95 % in 0.68")
+    assert ratio_claim("x", [1.4, 1.41, 1.42], ones).holds is False
+    # All seeds agree, and so does chance in one of four cases.
+    assert ratio_claim("x", [0.5, 0.7, 0.94], ones).verdict == "undecided"
+    # Sure, but no effect.
+    assert ratio_claim("x", [0.98, 0.981, 0.982], ones).holds is False
+    assert ratio_claim("x", [0.98, 0.981, 0.982], ones, at_least=0.8, at_most=1.25).holds
+    assert ratio_claim("x", [0.1, 0.11, 0.12], ones, at_least=0.8, at_most=1.25).holds is False
+    assert ratio_claim("x", [2.0], [4.0]).verdict == "undecided", "one seed decides nothing"
+    # Differences may be negative: the interval is then Student's of the values themselves.
+    low, high = interval([-1.0, 0.0, 1.0])
+    assert low == pytest.approx(-4.303 / 3**0.5, rel=1e-3) and high == -low
+    assert judge("x", [1.0, 1.1, 1.2], at_least=0.0).holds
+    assert judge("x", [-1.0, 0.0, 1.0], at_least=0.0).holds is None
+
+
+def test_a_ratio_and_its_inverse_are_judged_alike():
+    low, high = interval([0.2, 0.4, 0.5])
+    assert interval([5.0, 2.5, 2.0]) == pytest.approx((1 / high, 1 / low))
+
+
+def test_noise_of_a_shrunk_network_at_equal_signal():
+    def record(name, noise, signal):
+        return {"group": "g", "name": name, "seed": 0, "measures": {"n": noise, "s": signal}}
+
+    records = [record("DDPM", 1.0, 1.0), record("DDPM, shrunk 0.1", 0.01, 0.8),
+               record("DDPM, blurred", 5.0, 0.9), record("robust", 0.2, 0.9),
+               record("too much", 0.1, 0.5)]
+    assert shrunk_noise(records, "g", "robust", "n", "s") == [pytest.approx(0.1)]
+    claim = equal_signal_claim(records, "g", "robust", "n", "s")
+    assert claim.value.startswith("2;") and claim.target == "at most 0.95"
+    assert shrunk_noise(records, "g", "too much", "n", "s") is None
+    assert equal_signal_claim(records, "g", "too much", "n", "s").verdict.startswith("not tested")
 
 
 @pytest.fixture
@@ -422,9 +510,15 @@ def test_images_have_every_baseline_and_a_sheet(images):
     claims = denoising.table2(images)
     assert {c.text.rsplit("/ ", 1)[1] for c in claims if "not in the paper" in c.text} == {
         "DDPM, shrunk 0.1", "DDPM, shrunk 0.3", "DDPM, stopped early", "DDPM, blurred",
-        "DDPM, equal work"}
+        "DDPM, equal work", "DDPM shrunk until it keeps as much signal"}
     assert (images.out / "samples.png").exists()
-    assert "noise_level" in (images.out / "table.md").read_text()
+    text = (images.out / "table.md").read_text()
+    assert "noise_excess" in text and "clean data, drawn anew" in text and "training data" in text
+    rows = {(r["group"], r["name"]): r["measures"] for r in json.loads(
+        (images.out / "results.json").read_text())["arms"]}
+    noisy = "90 % with sigma 0.2"
+    assert rows[noisy, "clean data, drawn anew"]["noise_excess"] == 0.0
+    assert rows[noisy, "training data"]["noise_excess"] == pytest.approx(0.19, abs=0.06)
 
 
 def test_figure_3_on_images(images):

@@ -28,9 +28,9 @@ from robustdm.network import predict_noise
 from robustdm.objectives import Draw, Objective
 from robustdm.schedule import expand
 from robustdm.studies import subspace
+from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
     Arm,
-    Claim,
     load_model,
     load_samples,
     run_arms,
@@ -165,17 +165,18 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
             sections += [f"## {group}, {title}, {seeds} seeds", table]
             print(f"{group}, {title}\n{table}\n")
         _figure(out / f"{group}.png", rows, noise)
-        exact = rows[EXACT]
-        for name, row in rows.items():
-            if name not in (EXACT, "DDPM", "DDPM" + EQUAL_WORK):
-                ratio = row[noise].mean / exact[noise].mean
-                claims.append(Claim(f"{group}, {name}: noise / exact's", ratio, "at most 1.25",
-                                    ratio <= 1.25))
+
+        def values(name: str, measure: str, group=group) -> list[float]:
+            return by_seed(records, group, name, measure)
+
+        options = [n for n in rows if n not in (EXACT, "DDPM", "DDPM" + EQUAL_WORK)]
+        claims += [ratio_claim(f"{group}, {name}: noise / exact's", values(name, noise),
+                               values(EXACT, noise), at_most=1.25) for name in options]
         # The controls never saw the attack: nothing in them can have overfitted to it.
-        jump = max(row["residual_pgd10"].mean / row["residual_fgsm"].mean for name, row in
-                   rows.items() if "DDPM" not in name and "_ran" not in name)
-        claims.append(Claim(f"{group}: largest residual_pgd10 / residual_fgsm", jump,
-                            "below 3: no catastrophic overfitting", jump < 3))
+        claims += [ratio_claim(
+            f"{group}, {name}: residual_pgd10 / residual_fgsm (no catastrophic overfitting)",
+            values(name, "residual_pgd10"), values(name, "residual_fgsm"), at_most=3)
+            for name in (EXACT, *options) if "_ran" not in name]
     write_results(out, sections, claims, records)
     return claims
 

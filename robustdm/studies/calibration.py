@@ -20,10 +20,11 @@ from robustdm.errors import UsageError
 from robustdm.evaluation import features_of
 from robustdm.features import load_extractor
 from robustdm.metrics import FeatureStatistics, frechet_distance
+from robustdm.studies.claims import Claim, by_seed, judge, ratio_claim, untested
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import Claim, summarise
-from robustdm.studies.scales import untested
+from robustdm.studies.runner import summarise
 
+GROUP = "calibration"
 FRACTION = 0.9
 SIGMAS = (0.1, 0.2)
 PAPER = {0.1: 58.05, 0.2: 102.68}
@@ -69,23 +70,20 @@ def run(
                 noisy = Corruption(FRACTION, factor * sigma, seed)(images, items)
                 made = features_of(extractors[quantise], noisy).features
                 distance = frechet_distance(made, clean[quantise])
-                records.append({"group": "calibration", "name": f"sigma {sigma}, {name}",
+                records.append({"group": GROUP, "name": f"sigma {sigma}, {name}",
                                 "seed": seed, "measures": {"frechet": distance}})
                 print(f"[{len(records)}/{total}] sigma {sigma}, {name}, seed {seed}: "
                       f"{distance:.4g}", flush=True)
     rows = summarise(records, ["frechet"])
-    mean = {name: row["frechet"].mean for name, row in rows.items()}
     identity = extractors[True].identity
     inception = identity["name"] == "inception"
     claims = []
     for name in READINGS:
-        ratio = mean[f"sigma 0.2, {name}"] / mean[f"sigma 0.1, {name}"]
-        claims.append(Claim(f"{name}: distance at sigma 0.2 / at 0.1", ratio, "1.27 to 2.27",
-                            abs(ratio - PAPER[0.2] / PAPER[0.1]) < 0.5, "102.68 / 58.05 = 1.77"))
-        claims += [Claim(f"{name}, sigma {s}: FID", mean[f"sigma {s}, {name}"],
-                         "within a quarter of the paper's",
-                         abs(mean[f"sigma {s}, {name}"] / PAPER[s] - 1) < 0.25, f"{PAPER[s]}")
-                   for s in SIGMAS]
+        found = {s: by_seed(records, GROUP, f"sigma {s}, {name}", "frechet") for s in SIGMAS}
+        claims.append(ratio_claim(f"{name}: distance at sigma 0.2 / at 0.1", found[0.2], found[0.1],
+                                  at_least=1.27, at_most=2.27, paper="102.68 / 58.05 = 1.77"))
+        claims += [judge(f"{name}, sigma {s}: FID", found[s], at_least=0.75 * PAPER[s],
+                         at_most=1.25 * PAPER[s], paper=f"{PAPER[s]}") for s in SIGMAS]
     note = (f"{len(images)} images; features {identity['name']} ({identity['digest'][:12]}), "
             f"{seeds} realisations of the corruption.")
     if not inception:

@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 
-from robustdm import images
+from robustdm import images, plots
 from robustdm.data import load_data
-from robustdm.studies import subspace
-from robustdm.studies.runner import Arm, Claim, load_samples, run_arms, summarise, write_results
+from robustdm.studies import subspace, tradeoff
+from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim
+from robustdm.studies.runner import (
+    SHRUNK_SWEEP,
+    Arm,
+    load_samples,
+    run_arms,
+    summarise,
+    write_results,
+)
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -27,7 +35,8 @@ OBJECTIVES = {
     "robust_adv (ray), lam 0.1": subspace.OBJECTIVES["robust_adv (ray)"] | dict(lam=0.1),
     "robust_adv (ray), gamma 4/255": subspace.OBJECTIVES["robust_adv (ray)"] | dict(gamma=4 / 255),
 }
-COLUMNS = ["noise_rms", "residual", "pixel_std", "sliced_wasserstein", "train_cpu_s"]
+NOISE, SIGNAL = "noise_rms", "pixel_std"
+COLUMNS = [NOISE, "residual", SIGNAL, "sliced_wasserstein", "train_cpu_s"]
 
 
 def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES) -> list[Arm]:
@@ -51,27 +60,31 @@ def reference_rows(config: TrainConfig) -> dict[str, dict[str, float]]:
 
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
-    """Run the study; print and write its table and a sheet of samples."""
-    todo = subspace.with_baselines(arms(seeds, steps))
+    """Run the study; print and write its table, a figure and a sheet of samples."""
+    todo = subspace.with_baselines(arms(seeds, steps), SHRUNK_SWEEP)
     records = run_arms(todo, out, jobs)
     rows = summarise(records, COLUMNS)
-    table = text_table(rows | reference_rows(todo[0].config), markdown=True)
-    default = f"robust_adv ({TrainConfig().lambda_mode})"
-    ratio = {name: row["noise_rms"].mean / rows["DDPM"]["noise_rms"].mean
-             for name, row in rows.items()}
+    references = reference_rows(todo[0].config)
+    table = text_table(rows | references, markdown=True)
+
+    def values(name: str, measure: str = NOISE) -> list[float]:
+        return by_seed(records, "digits", name, measure)
+
     claims = [
-        Claim(f"{name} / DDPM, noise on constant pixels", ratio[name], "at most 0.6",
-              ratio[name] <= 0.6)
-        for name in (default, *({"robust_adv (ray)", "robust_adv (x)"} - {default}))
+        ratio_claim(f"{name} / DDPM, noise on constant pixels", values(name), values("DDPM"),
+                    at_most=0.6) for name in OBJECTIVES if "robust" in name and "," not in name
+    ] + [
+        ratio_claim(f"robust_adv (ray) / {name}, {words}", values("robust_adv (ray)", measure),
+                    values(name, measure), **limit)
+        for name in rows if name.startswith("DDPM, ") and "shrunk" not in name
+        for words, measure, limit in (("noise on constant pixels", NOISE, {}),
+                                      ("spread", SIGNAL, dict(at_least=1 + EFFECT)))
+    ] + [
+        tradeoff.equal_signal_claim(records, "digits", name, NOISE, SIGNAL)
+        for name in rows if not name.startswith("DDPM")
     ]
-    for name in (n for n in rows if n.startswith("DDPM, ")):
-        claims += [
-            Claim(f"{default} / {name}, noise on constant pixels", ratio[default] / ratio[name],
-                  "below 1: better than no training at all", ratio[default] < ratio[name]),
-            Claim(f"{default} / {name}, spread", rows[default]["pixel_std"].mean /
-                  rows[name]["pixel_std"].mean, "above 1",
-                  rows[default]["pixel_std"].mean > rows[name]["pixel_std"].mean),
-        ]
+    plots.save(tradeoff.figure(rows, NOISE, SIGNAL, references["clean data"][SIGNAL]),
+               out / "tradeoff.png")
     sheet = torch.cat([load_samples(arm, out)[:16] for arm in todo if arm.config.seed == 0])
     # Half the contrast: at full contrast the noise of dark pixels would be clipped away.
     images.save_grid(out / "samples.png", sheet / 2, columns=16)

@@ -13,9 +13,11 @@ from robustdm.errors import UsageError
 from robustdm.perturbation import Perturbation
 from robustdm.sampling import sample
 from robustdm.studies import invitro, subspace
+from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim, untested
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import Arm, Claim, load_model, run_arms, summarise
-from robustdm.studies.scales import Scale, by_seed, ratio_claim, untested
+from robustdm.studies.runner import Arm, load_model, run_arms, summarise
+from robustdm.studies.scales import Scale
+from robustdm.studies.tradeoff import equal_signal_claim
 from robustdm.training.run import schedule_of
 
 DIFFERS = (
@@ -69,18 +71,23 @@ def fig2(scale: Scale) -> list[Claim]:
         for group in invitro.SETS for name in dict.fromkeys(a.name for a in arms)
         if name.startswith("DDPM, ")
     ] + [
-        claim(f"{group}: error of the score, {ADV} / DDPM ('more consistent scores')", group,
-              "score_error") for group in invitro.SETS
+        equal_signal_claim(records, PLANE, name, "distance", "in_plane_std")
+        for name in (ADV, "robust_adv (x)")
+    ] + [
+        claim(f"{group}: error of the score at {words} points, {ADV} / DDPM ('more consistent "
+              "scores')", group, measure) for group in invitro.SETS
+        for words, measure in (("clean", "score_error"), ("training", "score_error_train"))
     ] + [
         claim(f"{group}: magnitude of the score, {ADV} / DDPM ('increasing field intensity')",
-              group, "score_magnitude", at_least=1.0) for group in invitro.SETS
+              group, "score_magnitude", at_least=1 + EFFECT) for group in invitro.SETS
     ] + [
         claim(f"inlier noise: spread within the plane, {ADV} / DDPM ('shrinking variability')",
               PLANE, "in_plane_std"),
     ]
     tables = {}
     for group, (preset, _) in invitro.SETS.items():
-        columns = [*invitro.COLUMNS[preset], "score_error", "score_magnitude"]
+        columns = [*invitro.COLUMNS[preset], "score_error", "score_error_train",
+                   "score_magnitude"]
         tables[group] = summarise([r for r in records if r["group"] == group], columns)
     schedule = schedule_of(arms[0].config)
     figures = {"perturbation-ray": (plots.schedule_figure(schedule, Perturbation(), ("x",)),
@@ -91,31 +98,37 @@ def fig2(scale: Scale) -> list[Claim]:
         figures[preset] = (made, f"{group}: samples, DDIM paths, score field (seed 0)")
     return write_page(
         scale.out, "Figure 2: 3-D sets", tables, claims, records, DIFFERS, (
-            "score_error is the relative error of the learnt score against the true one at noise "
-            "scale 0.11, at 1,000 training points, outliers included, where the true score is "
-            "large; score_magnitude is its mean length over the true one's.",
+            "score_error is the relative error of the learnt score against that of the clean law "
+            "at noise scale 0.11, at 1,000 clean points with noise of that scale; "
+            "score_error_train the same at training points without it, outliers included, where "
+            "the true score is large; score_magnitude is its mean length there over the true "
+            "one's.",
             "Distances reward shrinkage: in_plane_std (1 is the truth) and the "
             "sliced Wasserstein distance stand beside them."), figures)
 
 
-def _points(arm: Arm) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Training points scaled to the timestep, the true score there, and the noise scale s."""
-    data = arm.make_data(arm.config)
+def _field(arm: Arm, scale: Scale) -> dict[str, float]:
+    """Learnt against true score of the clean law, at the scale of SCORE_TIMESTEP."""
+    data, model = arm.make_data(arm.config), load_model(arm, scale.out)
     schedule = schedule_of(arm.config)
     t = invitro.SCORE_TIMESTEP
     a = float(schedule.sqrt_alphas_cumprod[t])
     s = float(schedule.sqrt_one_minus_alphas_cumprod[t])
-    points = data.batch(torch.arange(1000)) * a
-    return points, data.score(points / a, s / a) / a, s
+    items = torch.arange(1000)
+    noise = torch.randn(1000, *data.shape, generator=torch.Generator().manual_seed(0))
 
+    def compared(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return -model(points, torch.full((1000,), t)) / s, data.score(points / a, s / a) / a
 
-def _field(arm: Arm, scale: Scale) -> dict[str, float]:
-    points, true, s = _points(arm)
-    t = torch.full((len(points),), invitro.SCORE_TIMESTEP)
-    with torch.no_grad():
-        score = -load_model(arm, scale.out)(points, t) / s
-    return {"score_error": float((score - true).norm() / true.norm()),
-            "score_magnitude": float(score.norm(dim=1).mean() / true.norm(dim=1).mean())}
+    def error(points: torch.Tensor) -> float:
+        learnt, true = compared(points)
+        return float((learnt - true).norm() / true.norm())
+
+    clean, train = a * data.clean(items) + s * noise, a * data.batch(items)
+    learnt, true = compared(train)
+    return {"score_error": error(clean), "score_error_train": error(train),
+            "score_magnitude": float(learnt.norm(dim=1).mean() / true.norm(dim=1).mean())}
 
 
 def fig6_right(scale: Scale) -> list[Claim]:
@@ -141,7 +154,7 @@ def fig6_right(scale: Scale) -> list[Claim]:
                         values(ADV, "cells"), values("DDPM", "cells"), paper="pictures only"),
             ratio_claim(f"{group}: straightness of the DDIM paths, {ADV} / DDPM "
                         "('remain straight')", values(ADV, "straightness"),
-                        values("DDPM", "straightness"), at_least=1.0, paper="pictures only"),
+                        values("DDPM", "straightness"), at_least=0.95, paper="pictures only"),
         ]
     smallest = [min(modes) for modes in zip(*(
         by_seed(records, GAUSSIANS, ADV, f"mode{k}") for k in range(3)), strict=True)]

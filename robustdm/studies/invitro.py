@@ -17,9 +17,9 @@ from robustdm import plots
 from robustdm.data import load_data
 from robustdm.sampling import sample
 from robustdm.studies import subspace
+from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
     Arm,
-    Claim,
     load_model,
     load_samples,
     run_arms,
@@ -60,27 +60,25 @@ def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     """Run the study; print and write its tables and figures."""
     todo = subspace.with_baselines(arms(seeds, steps))
     records = run_arms(todo, out, jobs)
-    sections, means = [], {}
+    sections = []
     for group, (preset, _) in SETS.items():
         rows = summarise([r for r in records if r["group"] == group], COLUMNS[preset])
-        means[group] = {name: {k: v.mean for k, v in row.items()} for name, row in rows.items()}
         table = text_table(rows, markdown=True)
         sections += [f"## {group}, {seeds} seeds", table]
         print(f"{group}\n{table}\n")
         shown = [arm for arm in todo if arm.group == group and arm.config.seed == 0]
         plots.save(figure(out, shown), out / f"{preset}.png")
-    plane, gaussians = means.values()
+    plane, gaussians = SETS
+
+    def ratio(group: str, name: str, measure: str, words: str, **limit) -> Claim:
+        return ratio_claim(f"{group}: {words}, {name} / DDPM", by_seed(
+            records, group, name, measure), by_seed(records, group, "DDPM", measure), **limit)
+
     claims = []
-    for mode in ("ray", "x"):
-        name = f"robust_adv ({mode})"
-        ratio = plane["DDPM"]["distance"] / plane[name]["distance"]
-        claims.append(Claim(f"plane: distance, DDPM / {name}", ratio, "at least 3", ratio >= 3))
-        share, base = gaussians[name]["far_share"], gaussians["DDPM"]["far_share"]
-        claims.append(Claim(f"gaussians: far share, {name} / DDPM", share / base, "below 1",
-                            share < base))
-    for group, rows in means.items():
-        ratio = rows["invariance"]["distance"] / rows["DDPM"]["distance"]
-        claims.append(Claim(f"{group}: distance, invariance / DDPM", ratio, "above 1", ratio > 1))
+    for name in ("robust_adv (ray)", "robust_adv (x)"):
+        claims += [ratio(plane, name, "distance", "distance", at_most=1 / 3),
+                   ratio(gaussians, name, "far_share", "far share")]
+    claims += [ratio(group, "invariance", "distance", "distance", at_least=1.5) for group in SETS]
     write_results(out, sections, claims, records)
     return claims
 

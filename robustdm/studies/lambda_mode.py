@@ -13,7 +13,8 @@ from pathlib import Path
 
 from robustdm.data import Corruption, SubspaceData, load_data
 from robustdm.studies import digits, invitro, subspace
-from robustdm.studies.runner import Arm, Claim, Spread, run_arms, summarise, write_results
+from robustdm.studies.claims import Claim, Spread
+from robustdm.studies.runner import Arm, run_arms, summarise, write_results
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 

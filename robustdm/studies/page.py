@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from robustdm import plots, webpage
-from robustdm.studies.runner import Claim, write_results
+from robustdm.studies.claims import Claim
+from robustdm.studies.runner import write_results
 from robustdm.tables import text_table
 from robustdm.training.rundir import provenance, write_text
 

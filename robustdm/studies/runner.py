@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from robustdm.errors import RunError, UsageError
 from robustdm.evaluation import Generator, features_of, generate, measure
 from robustdm.features import cache_directory, load_extractor
 from robustdm.models import build_model
+from robustdm.studies.claims import Claim, Spread, spread
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
 from robustdm.training.run import schedule_of
@@ -33,6 +33,8 @@ from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
 from robustdm.training.trainer import Trainer, resolve_device
 
 SHRUNK_LAM = (0.1, 0.3)
+SHRUNK_SWEEP = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""Strengths of the shrunk DDPM: of every table, and where its whole curve is drawn."""
 EQUAL_WORK = "DDPM, equal work"
 ADV_UNITS, DDPM_UNITS = 8, 3
 """Work of a step in forward passes; see ``Objective.units``."""
@@ -56,6 +58,7 @@ class Arm:
         features, weights: feature space in which Frechet distance, precision and recall to the
             clean data are added to the data's own measures; see ``load_extractor``.
         batch_size: samples drawn at once.
+        start: of another training of the same data, whose averaged weights this one starts from.
     """
 
     group: str
@@ -71,6 +74,7 @@ class Arm:
     features: str | None = None
     weights: Path | None = None
     batch_size: int = 2000
+    start: TrainConfig | None = None
 
     @property
     def training_key(self) -> str:
@@ -78,29 +82,44 @@ class Arm:
         # Not what a resumed run may change, such as logging: that leaves the weights as they are.
         bookkeeping = set(CHANGEABLE) - {"steps", "lr", "data_dir"}
         config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
+        decides = [config, self.make_data.__qualname__]
+        if self.config.data_dir is not None:
+            decides.append(_stamp(self.config.data_dir))
+        if self.start is not None:
+            decides.append(self.started_from.training_key)
         return (f"{self.config.data}-{self.config.objective}-seed{self.config.seed}-"
-                f"{_digest([config, self.make_data.__qualname__])}")
+                f"{_digest(decides)}")
+
+    @property
+    def started_from(self) -> Arm:
+        """The training that ``start`` names."""
+        return dataclasses.replace(self, config=self.start, start=None)
 
     @property
     def key(self) -> str:
         """Name of the arm's files: what it is, and a hash of everything that decides it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                  if f.name not in ("config", "make_data")}
+                  if f.name not in ("config", "make_data", "start")}
         values |= {"training": self.training_key, "clip": self.config.clip_samples}
+        if self.weights is not None:
+            values["weights"] = _stamp(self.weights)
         words = re.sub(r"[^\w.,=-]+", "-", f"{self.group}-{self.name}").strip("-")
         return f"{words}-seed{self.config.seed}-{_digest(values)}"
 
 
-def baseline_arms(plain: Arm, sigma: float | None) -> list[Arm]:
-    """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk
-    at two strengths; stopped early at the corruption's strength), its samples blurred, if images,
-    and as much work as robust_adv takes.
+def baseline_arms(
+    plain: Arm, sigma: float | None, shrunk: Sequence[float] = SHRUNK_LAM
+) -> list[Arm]:
+    """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk;
+    stopped early at the corruption's strength), its samples blurred, if images, and as much work as
+    robust_adv takes.
 
     Args:
         sigma: standard deviation of the corruption; None for noise of another kind, which gives no
             strength to stop at; 0 for clean data, which get neither that nor the work.
+        shrunk: strengths of the shrunk DDPM.
     """
-    known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in SHRUNK_LAM}
+    known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in shrunk}
     if sigma:
         known["DDPM, stopped early"] = Baseline("early_stop", sigma)
     if plain.config.data in ("digits", "images", "cifar10"):
@@ -114,6 +133,15 @@ def baseline_arms(plain: Arm, sigma: float | None) -> list[Arm]:
     return made
 
 
+def _stamp(path: Path) -> list:
+    """Tells another file in the same place apart: what was measured with it must not pass."""
+    try:
+        found = Path(path).stat()
+    except OSError:  # whoever reads it says so
+        return [str(path)]
+    return [str(path), found.st_size, found.st_mtime_ns]
+
+
 def _digest(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
@@ -124,7 +152,11 @@ def _train(arm: Arm, kept: Path, data: Data) -> dict:
     if path.exists():
         return json.loads(path.read_text())
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    trainer = Trainer(arm.config, data)
+    weights = None
+    if arm.start is not None:
+        _train(arm.started_from, kept, data)
+        weights = load_file(kept / f"{arm.started_from.training_key}.safetensors")
+    trainer = Trainer(arm.config, data, weights)
     stream = batches(trainer.data, arm.config, 0, trainer.device)
     for _ in range(arm.config.steps):
         trainer.train_step(next(stream)[0])
@@ -161,12 +193,12 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
         generator, arm.samples, batch_size=arm.batch_size, seed=arm.config.seed, device=device,
         precision=arm.config.precision, compile=arm.config.compile, attack=arm.attack,
         baseline=arm.baseline, **settings)))
-    measured, identity = _feature_measures(arm, data, samples, device)
+    measures, identity = _measured(arm, data, samples, device)
     record = {
         "group": arm.group,
         "name": arm.name,
         "seed": arm.config.seed,
-        "measures": data.measure(samples) | measured,
+        "measures": measures,
         "features": identity,
         **trained,
         "sample_s": time.perf_counter() - begin,
@@ -183,19 +215,25 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
     return record
 
 
-def _feature_measures(
+def measures_of(arm: Arm, data: Data, samples: torch.Tensor) -> dict[str, float]:
+    """What is measured of an arm's samples, of any others (N, *shape)."""
+    return _measured(arm, data, samples, resolve_device(arm.config.device))[0]
+
+
+def _measured(
     arm: Arm, data: Data, samples: torch.Tensor, device
 ) -> tuple[dict[str, float], dict | None]:
-    """Measures in the arm's feature space, and which that is."""
+    """The data's own measures and those in the arm's feature space; which space that is."""
     if arm.features is None:
-        return {}, None
+        return data.measure(samples), None
     extractor = load_extractor(arm.features, data.shape, arm.weights, device)
     clean = data.clean(torch.arange(len(data)))
     found = measure(
         features_of(extractor, samples),
         features_of(extractor, clean, cache_directory()).features,
         ("frechet", "manifold", "inception_score"), splits=1)
-    return {k: float(result["value"]) for k, result in found.items()}, extractor.identity
+    measures = {k: float(result["value"]) for k, result in found.items()}
+    return data.measure(samples) | measures, extractor.identity
 
 
 def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
@@ -223,12 +261,19 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
         if path.exists():
             records[arm] = json.loads(path.read_text())
     missing = [arm for arm in arms if arm not in records]
-    # First one arm of every training, then those that only sample from it.
+    # First one arm of every training, then those that start from its weights, then those that only
+    # sample from them.
     first = {arm.training_key: arm for arm in reversed(missing)}
-    order = [[a for a in missing if first[a.training_key] is a],
+    trains = [a for a in missing if first[a.training_key] is a]
+    order = [[a for a in trains if a.start is None], [a for a in trains if a.start is not None],
              [a for a in missing if first[a.training_key] is not a]]
     if records:
         print(f"{len(records)} of {len(arms)} arms are done already", flush=True)
+    others = {r["git"] for r in records.values()} - {git_revision()}
+    if others:
+        print("some were made by another revision of the code "
+              f"({', '.join(sorted(str(r)[:10] for r in others))}): --fresh runs them again",
+              flush=True)
     begin = time.perf_counter()
     for done, (arm, record) in enumerate(_finished(order, kept, jobs, threads), 1):
         records[arm] = record
@@ -299,19 +344,6 @@ def load_samples(arm: Arm, out: Path) -> torch.Tensor:
     return load_file(arms_directory(out) / f"{arm.key}-samples.safetensors")["samples"]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (divisor n - 1) over seeds."""
-
-    mean: float
-    sd: float
-
-    def __str__(self) -> str:
-        if not self.sd:
-            return f"{self.mean:.0f}" if float(self.mean).is_integer() else f"{self.mean:.3g}"
-        return f"{self.mean:.3g} ±{self.sd:.2g}"
-
-
 def summarise(records: Sequence[dict], columns: Sequence[str]) -> dict[str, dict[str, Spread]]:
     """Rows of one table: arm name -> {measure: spread over its seeds}."""
     rows: dict[str, dict[str, Spread]] = {}
@@ -322,45 +354,8 @@ def summarise(records: Sequence[dict], columns: Sequence[str]) -> dict[str, dict
             values = [r["measures"].get(column, r.get(column)) for r in mine]
             values = [v for v in values if v is not None]
             if values:
-                sd = statistics.stdev(values) if len(values) > 1 else 0.0
-                rows[name][column] = Spread(statistics.fmean(values), sd)
+                rows[name][column] = spread(values)
     return rows
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A number that a study is held to, or a claim of the paper.
-
-    Attributes:
-        text: what is compared.
-        value: what was found: a number, its spread over seeds, or words; None if not tested.
-        target: what it should be.
-        holds: whether it is; None if that was not tested at this scale.
-        paper: the paper's own number; with one, the verdict speaks of reproduction.
-    """
-
-    text: str
-    value: float | Spread | str | None
-    target: str
-    holds: bool | None
-    paper: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if self.holds is None:
-            return "not tested at this scale"
-        if self.paper:
-            return "reproduced" if self.holds else "NOT reproduced"
-        return "holds" if self.holds else "FAILS"
-
-    def __str__(self) -> str:
-        value = f"{self.value:.3g}" if isinstance(self.value, float) else self.value
-        found = "" if self.value is None else f": {value}"
-        if self.holds is None:
-            return f"{self.verdict}: {self.text} (paper: {self.paper})"
-        paper = f"; paper: {self.paper}" if self.paper else ""
-        return f"{self.verdict}: {self.text}{found} ({self.target}{paper})"
 
 
 def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], records) -> None:

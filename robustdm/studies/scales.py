@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.studies import subspace
-from robustdm.studies.runner import SHRUNK_LAM, Arm, Claim, Spread, baseline_arms, run_arms
+from robustdm.studies.runner import SHRUNK_LAM, Arm, baseline_arms, measures_of, run_arms
 from robustdm.training.config import TrainConfig, preset_values
 
 SCALES = ("tiny", "small", "full")
@@ -21,6 +23,9 @@ METHODS = {
 }
 SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in SHRUNK_LAM}
 STOPPED, BLURRED = "DDPM, stopped early", "DDPM, blurred"
+EXCESS = "noise_excess"
+"""White-noise estimate of images over that of clean ones, whose texture counts too."""
+CLEAN, TRAINING = "clean data, drawn anew", "training data"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Scale:
         samples, sampling_steps: what is measured; steps None visits every timestep.
         attacked_samples, attacked_steps: the same under attack, which costs up to 42 times as much.
         noise, signal: measures of the noise left and of the signal kept; the latter's mean is 1 for
-            the truth.
+            the truth. Images have none of the latter: see ``kept``.
         features, weights: feature space of the Frechet distance; None leaves it out.
         differs: what is not as in the paper, a sentence each.
         seeds, out, jobs: repeats, directory of the results, processes.
@@ -63,6 +68,11 @@ class Scale:
         """Whether samples are images: only those can be blurred."""
         return self.base["data"] in ("cifar10", "images")
 
+    @property
+    def kept(self) -> str:
+        """The measure of what shrinkage takes. Not recall: that rises with noise."""
+        return "signal" if self.signal else "coverage"
+
     def arm(self, group: str, name: str, fields: dict, seed: int, **sampling) -> Arm:
         """An arm of this scale; ``fields`` change the training, ``sampling`` the rest."""
         config = TrainConfig(**{**self.base, **fields, "seed": seed})
@@ -76,13 +86,50 @@ class Scale:
         return baseline_arms(self.arm(group, "DDPM", METHODS["DDPM"] | fields, seed), sigma)
 
     def run(self, arms: Sequence[Arm]) -> list[dict]:
-        """Records of the arms, with the measure ``signal`` added."""
+        """Records of the arms, with the measures ``signal`` or ``noise_excess`` added."""
         records = run_arms(arms, self.out, self.jobs)
-        for record in records:
-            found = [record["measures"][k] for k in self.signal if k in record["measures"]]
-            if found:
-                record["measures"]["signal"] = statistics.fmean(found)
+        clean: dict[int, float] = {}
+        for arm, record in zip(arms, records, strict=True):
+            measures, seed = record["measures"], arm.config.seed
+            if self.noise == EXCESS and seed not in clean:
+                clean[seed] = self._measures(arm, CLEAN)["noise_level"]
+            self._add(measures, clean.get(seed, 0.0))
         return records
+
+    def references(self, arms: Sequence[Arm]) -> list[dict]:
+        """Records of clean data that no model saw and of the training data, for every group and
+        seed: what the measures are at best, and for a model that learns everything.
+        """
+        made, known = [], {}
+        for arm in {(a.group, a.config.seed): a for a in reversed(arms)}.values():
+            seed, sigma = arm.config.seed, arm.config.corrupt_sigma
+            for name in (CLEAN, *([TRAINING] if sigma else [])):
+                key = seed, name, sigma if name == TRAINING else None
+                if key not in known:
+                    known[key] = self._measures(arm, name)
+                clean = known[seed, CLEAN, None].get("noise_level", 0.0)
+                made.append({"group": arm.group, "name": name, "seed": seed,
+                             "measures": self._add(dict(known[key]), clean)})
+        return made
+
+    def _measures(self, arm: Arm, which: str) -> dict[str, float]:
+        data = arm.make_data(arm.config)
+        if which == TRAINING:
+            points = data.batch(torch.arange(min(self.samples, len(data))))
+        elif arm.config.data == "subspace":  # whose first points do not depend on their number
+            more = replace(arm.config, num_points=arm.config.num_points + self.samples)
+            points = arm.make_data(more).all_clean()[-self.samples:]
+        else:
+            points = data.heldout.clean(torch.arange(min(self.samples, len(data.heldout))))
+        return measures_of(arm, data, points)
+
+    def _add(self, measures: dict[str, float], clean: float) -> dict[str, float]:
+        found = [measures[k] for k in self.signal if k in measures]
+        if found:
+            measures["signal"] = statistics.fmean(found)
+        if self.noise == EXCESS:
+            measures[EXCESS] = measures["noise_level"] - clean
+        return measures
 
 
 def corrupted(sigma: float) -> dict:
@@ -97,7 +144,7 @@ def noise_name(sigma: float) -> str:
 
 def make_scale(
     name: str, out: Path, seeds: int, jobs: int, steps: int | None, data_dir: Path | None = None,
-    features: str = "auto", weights: Path | None = None,
+    features: str = "auto", weights: Path | None = None, needs_features: bool = True,
 ) -> Scale:
     """The scale of a name.
 
@@ -106,6 +153,7 @@ def make_scale(
         steps: optimizer steps in place of the scale's own.
         data_dir: CIFAR-10 (small, full).
         features, weights: feature space of the Frechet distance (small, full).
+        needs_features: whether the study measures in it.
 
     Raises:
         UsageError: for an unknown scale, or where data or a feature space are missing.
@@ -135,6 +183,8 @@ def make_scale(
     if data_dir is None:
         raise UsageError(f"data_dir is not given: --scale {name} trains on CIFAR-10, name your "
                          "copy")
+    if not needs_features:
+        features = "no"
     if features in ("pixels", "digits"):
         raise UsageError(f"features is {features!r}: --scale {name} cannot measure in them (more "
                          "pixels than samples; no digits); use inception or resnet56")
@@ -152,54 +202,15 @@ def make_scale(
         return Scale(
             # More than Inception's 2,048 features, which a Frechet distance takes.
             base=base, samples=2500, sampling_steps=100, attacked_samples=2500, attacked_steps=50,
-            noise="noise_level", signal=(), features=features, weights=weights, batch_size=500,
+            noise=EXCESS, signal=(), features=features, weights=weights, batch_size=500,
             **common, differs=(
                 f"A UNet of 7 million parameters, {base['steps']:,} steps of 128.",
                 f"{seen}; 2,500 samples by 100 respaced steps."))
     base |= {"steps": steps} if steps else {}
     return Scale(
         base=base, samples=50_000, sampling_steps=None, attacked_samples=10_000,
-        attacked_steps=None, noise="noise_level", signal=(), features=features, weights=weights,
+        attacked_steps=None, noise=EXCESS, signal=(), features=features, weights=weights,
         batch_size=500, **common, differs=(
             f"The paper does not say how long it trained: here {base['steps']:,} steps of 128, the "
             "35.7 M network of google/ddpm-cifar10-32.",
             f"{seen}; 50,000 samples, 10,000 under attack."))
-
-
-# What is read out of records.
-
-
-def by_seed(records: Sequence[dict], group: str, name: str, measure: str) -> list[float]:
-    """One arm's measure, a value per seed in rising order."""
-    found = [r for r in records if (r["group"], r["name"]) == (group, name)]
-    return [r["measures"][measure] for r in sorted(found, key=lambda r: r["seed"])]
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation over seeds."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-
-
-def ratio_claim(
-    text: str, above: Sequence[float], below: Sequence[float], at_most: float = 1.0,
-    at_least: float | None = None, paper: str = "",
-) -> Claim:
-    """A claim on the ratio of two measures; it holds if it does with every seed.
-
-    Args:
-        above, below: numerator and denominator, a value per seed.
-        at_most: upper limit of the ratio, unless ``at_least`` is given: the lower one.
-        paper: the paper's ratio.
-    """
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    if at_least is None:
-        target, fits = f"below {at_most:g}", [r < at_most for r in ratios]
-    else:
-        target, fits = f"above {at_least:g}", [r > at_least for r in ratios]
-    found = f"{spread(ratios)}; {sum(fits)} of {len(fits)} seeds"
-    return Claim(text, found, target, all(fits), paper)
-
-
-def untested(text: str, paper: str) -> Claim:
-    """A claim that this scale says nothing about."""
-    return Claim(text, None, "", None, paper)

@@ -7,10 +7,23 @@ residual MLP; 500 samples by 1000-step DDPM.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from robustdm import plots
 from robustdm.data import Corruption, SubspaceData
-from robustdm.studies.runner import Arm, Claim, baseline_arms, run_arms, summarise, write_results
+from robustdm.studies import tradeoff
+from robustdm.studies.claims import Claim, by_seed, judge, ratio_claim
+from robustdm.studies.runner import (
+    SHRUNK_LAM,
+    SHRUNK_SWEEP,
+    Arm,
+    baseline_arms,
+    run_arms,
+    summarise,
+    write_results,
+)
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -28,7 +41,8 @@ OBJECTIVES = {
     "robust_adv (x)": dict(objective="robust_adv", lambda_mode="x"),
     "invariance": dict(objective="invariance", lambda_mode="ray"),
 }
-COLUMNS = ["off_subspace_sd", *(f"component_ratio_{k}" for k in range(1, 6)), "sliced_wasserstein"]
+NOISE = "off_subspace_sd"
+COLUMNS = [NOISE, "signal", *(f"component_ratio_{k}" for k in range(1, 6)), "sliced_wasserstein"]
 
 
 def make_data(config: TrainConfig) -> SubspaceData:
@@ -49,45 +63,44 @@ def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES
     ]
 
 
-def with_baselines(arms: list[Arm]) -> list[Arm]:
+def with_baselines(arms: list[Arm], shrunk: Sequence[float] = SHRUNK_LAM) -> list[Arm]:
     """Arms, and behind them what the paper leaves out beside their plain DDPMs."""
     def sigma(config: TrainConfig) -> float | None:
         # Point sets have noise of their own in place of a corruption.
         return None if config.data in ("plane", "gaussians") else config.corrupt_sigma
 
     return arms + [other for arm in arms if arm.name == "DDPM"
-                   for other in baseline_arms(arm, sigma(arm.config))]
+                   for other in baseline_arms(arm, sigma(arm.config), shrunk)]
 
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
-    """Run the study, print and write its table."""
-    records = run_arms(with_baselines(arms(seeds, steps)), out, jobs)
+    """Run the study; print and write its table and a figure."""
+    records = run_arms(with_baselines(arms(seeds, steps), SHRUNK_SWEEP), out, jobs)
+    for record in records:
+        record["measures"]["signal"] = statistics.fmean(
+            record["measures"][f"component_ratio_{k}"] for k in range(1, 6))
     rows = summarise(records, COLUMNS)
-    off = {name: row["off_subspace_sd"].mean for name, row in rows.items()}
-    top = rows["robust_adv (ray)"]["component_ratio_1"].mean
-    ratio = off["robust_adv (ray)"] / off["DDPM"]
+
+    def values(name: str, measure: str = NOISE) -> list[float]:
+        return by_seed(records, "subspace", name, measure)
+
+    adv = "robust_adv (ray)"
     claims = [
-        Claim("DDPM / training noise, off-subspace sd", off["DDPM"] / NOISE_SD,
-              "at least 0.9", off["DDPM"] >= 0.9 * NOISE_SD),
-        Claim("robust_adv (ray) / DDPM, off-subspace sd", ratio, "at most 0.35", ratio <= 0.35),
-        Claim("robust_ran, off-subspace sd", off["robust_ran"], "between robust_adv and DDPM",
-              off["robust_adv (ray)"] < off["robust_ran"] < off["DDPM"]),
-        Claim("robust_adv (ray), strongest component's sd / truth", top, "0.8 to 1.2",
-              0.8 <= top <= 1.2),
-        Claim("invariance / DDPM, off-subspace sd", off["invariance"] / off["DDPM"],
-              "clearly above 1", off["invariance"] > 1.2 * off["DDPM"]),
+        judge("DDPM / training noise, off-subspace sd", [v / NOISE_SD for v in values("DDPM")],
+              at_least=0.9),
+        ratio_claim(f"{adv} / DDPM, off-subspace sd", values(adv), values("DDPM"), at_most=0.35),
+        ratio_claim("robust_ran / DDPM, off-subspace sd", values("robust_ran"), values("DDPM")),
+        ratio_claim(f"{adv} / robust_ran, off-subspace sd", values(adv), values("robust_ran")),
+        judge(f"{adv}, strongest component's sd / truth", values(adv, "component_ratio_1"),
+              at_least=0.8, at_most=1.2),
+        ratio_claim("invariance / DDPM, off-subspace sd", values("invariance"), values("DDPM"),
+                    at_least=1.25),
+        *(tradeoff.equal_signal_claim(records, "subspace", name, NOISE, "signal")
+          for name in ("robust_ran", "outward_ran", adv, "robust_adv (x)")),
     ]
-    weakest = rows["robust_adv (ray)"]["component_ratio_5"].mean
-    for name in (n for n in rows if "shrunk" in n):
-        claims += [
-            Claim(f"robust_adv (ray) / {name}, off-subspace sd",
-                  off["robust_adv (ray)"] / off[name],
-                  "below 1: better than no training at all", off["robust_adv (ray)"] < off[name]),
-            Claim(f"robust_adv (ray) / {name}, weakest component's sd",
-                  weakest / rows[name]["component_ratio_5"].mean, "above 1",
-                  weakest > rows[name]["component_ratio_5"].mean),
-        ]
     table = text_table(rows, markdown=True)
+    shown = {name: row for name, row in rows.items() if name != "invariance"}
+    plots.save(tradeoff.figure(shown, NOISE, "signal"), out / "tradeoff.png")
     write_results(out, [f"## Subspace, {seeds} seeds", table], claims, records)
     print(table)
     return claims

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from robustdm.errors import RunError, UsageError
+from robustdm.studies.claims import Claim
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import Claim
 from robustdm.studies.scales import Scale
 
 PAPER_LOOP = "paper's loop, fp32"

@@ -42,15 +42,22 @@ class Trainer:
     Args:
         config: the run's configuration.
         data: what to train on; what the configuration names if None.
+        weights: to start from; random ones if None.
     """
 
-    def __init__(self, config: TrainConfig, data: Data | None = None):
+    def __init__(
+        self, config: TrainConfig, data: Data | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ):
         self.config = config
         self.device = resolve_device(config.device)
         self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
         self.schedule = self.objective.schedule
-        self.model = build_model(config, self.data.shape).to(self.device)
+        self.model = build_model(config, self.data.shape)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.model.to(self.device)
         if self.data.is_image:
             # Convolutions are faster channels-last, on CPUs as on GPUs.
             self.model.to(memory_format=torch.channels_last)
