@@ -90,7 +90,7 @@ class Comparison:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, progress=progress,
-                device=self.device, **sampling))
+                device=self.device, **sampling), evaluation.affordable(generator.shape))
         results = evaluation.measure(features, reference, ("frechet", "manifold", "deviation"),
                                      splits=4)
         measures = generator.data.measure(samples)

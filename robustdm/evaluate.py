@@ -169,7 +169,7 @@ def evaluate(config: EvaluateConfig) -> dict:
                 precision=config.precision, compile=config.compile, device=device,
                 progress=progress, sampler=config.sampler, steps=config.steps,
                 spacing=config.spacing, variance=config.variance, eta=config.eta,
-                baseline=baseline))
+                baseline=baseline), evaluation.affordable(shape))
     else:
         name = str(config.samples)
         features = evaluation.features_of(extractor, samples, cache)
@@ -188,7 +188,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     rows = table_rows(results, extractor)
     from robustdm.tables import text_table
 
-    print(f"{len(samples)} samples of {name} against {where}, features {extractor.name}")
+    print(f"{len(features.features)} samples of {name} against {where}, features {extractor.name}")
     print(text_table(rows))
     if own:
         print(text_table({k: {place: own[place].get(k) for place in own} for k in own["samples"]}))

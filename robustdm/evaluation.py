@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,17 +141,29 @@ def generate(
         yield made if baseline is None else baseline.finish(made)
 
 
-def extract(extractor: Extractor, batches: Iterator[Tensor]) -> tuple[Features, Tensor]:
+def affordable(shape: tuple[int, ...]) -> int:
+    """How many samples of a shape are kept for pictures and the data's own measures: 1 GiB."""
+    return max(64, 2**28 // math.prod(shape))
+
+
+def extract(
+    extractor: Extractor, batches: Iterator[Tensor], keep: int | None = None
+) -> tuple[Features, Tensor]:
     """Features of a stream of samples, and the samples; a batch's features are computed while the
     next batch is made.
+
+    Args:
+        batches: (B, *shape) each.
+        keep: samples to return, the first ones; all if None. What is not kept takes no memory.
 
     Raises:
         UsageError: if the extractor does not take such samples.
     """
-    kept, futures = [], []
+    kept, futures, left = [], [], keep
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
-            kept.append(batch)
+            kept.append(batch if left is None else batch[:left].clone())
+            left = None if left is None else left - len(kept[-1])
             futures.append(pool.submit(extractor, batch))
             if len(futures) > 1:
                 futures[-2].result()  # an error stops the sampling
@@ -176,7 +189,7 @@ def features_of(extractor: Extractor, images: Tensor, cache: Path | None = None,
         with contextlib.suppress(Exception):  # missing or damaged: compute
             kept = load_file(path)
             return Features(kept["features"], kept.get("logits"))
-    made, _ = extract(extractor, iter(images.split(batch_size)))
+    made, _ = extract(extractor, iter(images.split(batch_size)), keep=0)
     if path is not None:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ def test_the_record_of_evaluation(tmp_path, capsys, monkeypatch):
     assert record["features"]["images"] == 500 and "img/s" in capsys.readouterr().out
     # What the overlap does to the features must show.
     extract = evaluation.extract
-    monkeypatch.setattr(evaluation, "extract", lambda *a: _shifted(extract(*a)))
+    monkeypatch.setattr(evaluation, "extract", lambda *a, **k: _shifted(extract(*a, **k)))
     assert run.main(["--suite", "evaluation", "--tiny"]) == 1
     assert "features differ by 1" in capsys.readouterr().out
     with pytest.raises(UsageError, match="model is 'tiny'"):

@@ -138,6 +138,18 @@ def test_a_pipeline_is_evaluated(digits_run, digits_npz, tmp_path):
     assert theirs["frechet"]["value"] == pytest.approx(ours["frechet"]["value"], rel=1e-3)
 
 
+def test_samples_beyond_those_kept_take_no_memory():
+    extractor = features.load_extractor("digits", (1, 8, 8))
+    made = [torch.rand(6, 1, 8, 8) for _ in range(3)]
+    found, kept = evaluation.extract(extractor, iter(made), keep=8)
+    whole, every = evaluation.extract(extractor, iter(made))
+    assert torch.equal(kept, every[:8]) and torch.equal(every, torch.cat(made))
+    assert torch.equal(found.features, whole.features) and len(whole.features) == 18
+    assert kept.untyped_storage().nbytes() == 8 * 64 * 4
+    # Images of 256 x 256: a thousand and some, not fifty thousand.
+    assert evaluation.affordable((3, 256, 256)) == 1365 and evaluation.affordable((3,)) > 1e7
+
+
 def test_kept_features_are_only_found_by_the_same_images_and_extractor(tmp_path):
     x = load_digits()[:30]
     plain = features.load_extractor("digits", (1, 8, 8))

@@ -1,0 +1,75 @@
+"""The scripts of examples/, at tiny size."""
+
+import importlib.util
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from robustdm.data import batches, load_data
+from robustdm.training.config import TrainConfig, preset_values
+from robustdm.training.trainer import Trainer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_points(capsys):
+    """Fewer than the 1,500 steps it takes to beat the noise: it learns, and says how far it is."""
+    distance = example("points").main(["--steps", "60"])
+    assert math.isfinite(distance) and f"{distance:.3f} (training points: 0.080)" in (
+        capsys.readouterr().out)
+
+
+def test_a_fused_stock_network_computes_the_same(capsys):
+    found = example("fuse_diffusers").main(
+        ["--side", "8", "--channels", "32", "64", "--batch-size", "2", "--repeats", "2"])
+    assert 0 < found["output"] < 1e-5 and 0 < found["gradient"] < 1e-5
+    assert "times as fast" in capsys.readouterr().out
+
+
+def test_the_diffusers_script_trains_to_our_own_loss_curve():
+    """Same seed, data, network and optimizer: three changed lines are all it takes."""
+    config = TrainConfig(**{
+        **preset_values("digits"), "objective": "robust_adv", "seed": 0, "dropout": 0.0,
+        "lr": 2e-4, "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": 1.0, "batch_size": 16,
+        "precision": "fp32", "compile": False, "steps": 5, "device": "cpu"})
+    data = load_data(config)
+    fed = [x0 if isinstance(x0, torch.Tensor) else data.batch(items)
+           for x0, items in islice(batches(data, config, 0, torch.device("cpu")), config.steps)]
+    ours = Trainer(config, data)
+    unet = UNet2DModel.from_config(ours.model.config)
+    unet.load_state_dict(ours.model.state_dict())
+    curve = []
+    for x0 in fed:
+        ours.train_step(x0)
+        window = ours.window()
+        curve.append(window["fit"] + window["reg"])
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    theirs = list(example("diffusers_training").train(unet, scheduler, fed, lr=2e-4))
+    assert theirs == pytest.approx(curve, rel=1e-4)
+    assert len(set(curve)) == 5
+    for name, value in ours.model.state_dict().items():
+        assert torch.allclose(value, unet.state_dict()[name], atol=2e-5), name
+
+
+def test_the_diffusers_script_on_pictures(tmp_path, capsys):
+    from PIL import Image
+
+    for k in range(4):
+        Image.new("RGB", (20, 20), (60 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    example("diffusers_training").main([
+        "--images", str(tmp_path), "--resolution", "8", "--steps", "3", "--batch-size", "2",
+        "--out", str(tmp_path / "out")])
+    assert "step 2: loss" in capsys.readouterr().out
+    made = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert made.unet.config.in_channels == 3 and not made.scheduler.config.clip_sample
