@@ -51,8 +51,8 @@ READ = (
     "has a sample near, falls with both. A method that shrinks everything improves noise and "
     "distance, so read them together.",
     "A verdict rests on the interval of 95 % over the seeds: undecided means that it contains the "
-    "limit. Clean data, drawn anew, show what a distance is at best with so few samples; training "
-    "data, what a model ends at that learns everything.",
+    "limit. Clean data, drawn anew (of images: those held out), show what a distance is at best "
+    "with so few samples; training data, what a model ends at that learns everything.",
     "DDPM, shrunk is the strongest baseline without training: the plain DDPM's network, queried as "
     "if the noise had the variance that robust training with this lam makes it assume. DDPM, "
     "stopped early ends the chain at the corruption's strength, which it is told. DDPM, equal work "

@@ -92,7 +92,9 @@ class Scale:
         for arm, record in zip(arms, records, strict=True):
             measures, seed = record["measures"], arm.config.seed
             if self.noise == EXCESS and seed not in clean:
-                clean[seed] = self._measures(arm, CLEAN)["noise_level"]
+                data = arm.make_data(arm.config)
+                some = torch.arange(min(self.samples, len(data)))
+                clean[seed] = data.measure(data.clean(some))["noise_level"]
             self._add(measures, clean.get(seed, 0.0))
         return records
 
