@@ -127,7 +127,7 @@ def test_points_are_normalised_by_what_is_observed(name, kind):
     x = everything(data)
     assert x.mean(dim=0).abs().max() < 1e-6
     # The plane is scaled by a constant: a Gaussian's largest coordinate is another in every draw.
-    assert x.abs().max().item() == pytest.approx(1, abs=0.2 if preset == "plane" else 1e-6)
+    assert x.abs().max().item() == pytest.approx(1, abs=0.2 if name == "plane" else 1e-6)
 
 
 @pytest.mark.parametrize("level", [0.5, 2.0])
