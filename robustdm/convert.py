@@ -1,0 +1,162 @@
+"""Entry point: `python -m robustdm.convert IN OUT` writes a model in another format."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from robustdm.cli import guard
+from robustdm.errors import RunError, UsageError
+
+TOLERANCE = 1e-4
+"""Largest relative difference between the outputs of two formats that rounding explains."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert, and what its weights do not tell."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """A run directory, a diffusers directory or its name on the Hub, or an improved-diffusion
+    .pt."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """A new directory for a diffusers pipeline, or a new .pt file for improved-diffusion."""
+    verify: bool = False
+    """Read OUT again and compare its outputs with IN's, each computed as its own library does."""
+    ema: float | None = None
+    """run: decay rate of the average to convert; the first of the run's if not given."""
+    num_heads: int | None = None
+    """Attention heads, where IN does not tell (improved-diffusion)."""
+    resolution: int | None = None
+    """Side of the images in pixels, where IN does not tell (improved-diffusion)."""
+    schedule: Literal["linear", "cosine"] | None = None
+    """Noise schedule, where IN does not tell (improved-diffusion)."""
+    timesteps: int = 1000
+    """Its length."""
+    allow_pickle: bool = False
+    """Read pickle files (.pt, .bin) too; tensors only, no code is run."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, convert, compare.
+
+    Raises:
+        UsageError: for a wrong flag, model or place.
+        RunError: if the outputs differ.
+    """
+    convert(tyro.cli(
+        ConvertConfig, args=argv, prog="python -m robustdm.convert",
+        description="Convert a model between robustdm, diffusers and improved-diffusion.",
+    ))
+
+
+def convert(config: ConvertConfig) -> float | None:
+    """Write a model in another format.
+
+    Returns:
+        With ``verify`` the largest difference between the outputs of IN and OUT, else None.
+
+    Raises:
+        UsageError: if IN is no model that can be read, OUT exists, or its format has no exact
+            counterpart of the network.
+        RunError: if OUT cannot be written, or its outputs differ from IN's.
+    """
+    if config.out.exists():
+        raise UsageError(f"out is {str(config.out)!r}: it exists; name a new directory or file")
+    if config.out.suffix not in ("", ".pt"):
+        raise UsageError(f"out is {str(config.out)!r}: name a directory (a diffusers pipeline) or "
+                         "a file ending in .pt (improved-diffusion)")
+
+    from robustdm.models.improved import attention_heads
+    from robustdm.pretrained import describe, difference, network_of, open_source
+
+    source = open_source(
+        config.source, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
+        resolution=config.resolution or 32, ema=config.ema, field="source",
+    )
+    if source.unet is None:
+        raise UsageError(f"source is {config.source!r}: a network for points has no counterpart in "
+                         "diffusers or improved-diffusion")
+    to_file = config.out.suffix == ".pt"
+    schedule = _schedule(source, config, needed=not to_file)
+    unet = source.unet
+    try:
+        if to_file:
+            _write_improved(source, config.out)
+        else:
+            _write_pipeline(source, schedule, config)
+    except OSError as error:
+        raise RunError(f"out is {str(config.out)!r}: it was not written ({error.strerror})"
+                       ) from error
+    print(describe(source, schedule))
+    print(f"written to {config.out}")
+    if not config.verify:
+        return None
+    heads = next(iter(attention_heads(unet))) if to_file else None
+    written = open_source(str(config.out), allow_pickle=True, num_heads=heads, field="out")
+    channels, side = unet["in_channels"], unet["sample_size"]
+    shape = (channels, side, side) if isinstance(side, int) else (channels, *side)
+    reference = source.reference or (lambda: network_of(source, shape))
+    found, largest = difference(reference(), written.reference(), shape, 1000)
+    text = f"largest difference of the outputs {found:.2g}, of outputs up to {largest:.2g}"
+    if not found <= TOLERANCE * max(1.0, largest):
+        raise RunError(f"{config.out} does not compute what {config.source} does: {text}")
+    print(f"verified: {text}")
+    return found
+
+
+def _schedule(source, config: ConvertConfig, needed: bool):
+    """The source's noise schedule; ``needed`` in a pipeline, and else for the screen alone."""
+    from robustdm.pipeline import schedule_from
+    from robustdm.schedule import NoiseSchedule
+
+    if source.scheduler:
+        return schedule_from(source.scheduler)
+    kind = source.fields.get("schedule", config.schedule)
+    if kind is None and needed:
+        raise UsageError(
+            f"source is {config.source!r}: it does not tell its noise schedule; give --schedule "
+            "linear or cosine, and --timesteps, as it was trained with"
+        )
+    make = NoiseSchedule.cosine if kind == "cosine" else NoiseSchedule.linear
+    return make(source.fields.get("timesteps", config.timesteps))
+
+
+def _write_pipeline(source, schedule, config: ConvertConfig) -> None:
+    from robustdm.pipeline import save_pipeline
+    from robustdm.pretrained import network_of
+
+    unet = source.unet
+    if source.format == "improved-diffusion" and config.resolution is None:
+        raise UsageError(f"source is {config.source!r}: it does not tell the size of its images; "
+                         "give --resolution, as it was trained with")
+    save_pipeline(
+        network_of(source, (unet["in_channels"],)), schedule, config.out,
+        clip_sample=source.fields.get("clip_samples", True), variance_type=source.variance_type,
+    )
+
+
+def _write_improved(source, out: Path) -> None:
+    import torch
+
+    from robustdm.models.improved import check_exact, from_diffusers
+
+    check_exact(source.unet)
+    weights = from_diffusers(source.weights, source.unet)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".tmp-{uuid.uuid4().hex}-{out.name}")
+    try:
+        torch.save({name: value.contiguous() for name, value in weights.items()}, staging)
+        os.replace(staging, out)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    guard(main)
