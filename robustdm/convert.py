@@ -73,81 +73,89 @@ def convert(config: ConvertConfig) -> float | None:
         raise UsageError(f"out is {str(config.out)!r}: name a directory (a diffusers pipeline) or "
                          "a file ending in .pt (improved-diffusion)")
 
-    from robustdm.models.improved import attention_heads
+    from robustdm.pipeline import save_pipeline
     from robustdm.pretrained import describe, difference, network_of, open_source
 
     source = open_source(
         config.source, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
         resolution=config.resolution or 32, ema=config.ema, field="source",
     )
-    if source.unet is None:
-        raise UsageError(f"source is {config.source!r}: a network for points has no counterpart in "
-                         "diffusers or improved-diffusion")
     to_file = config.out.suffix == ".pt"
-    schedule = _schedule(source, config, needed=not to_file)
-    unet = source.unet
+    _check(source, config, to_file)
+    schedule = _schedule(source, config)
+    heads = None
     try:
         if to_file:
-            _write_improved(source, config.out)
+            heads = _write_improved(source, config.out)
         else:
-            _write_pipeline(source, schedule, config)
+            save_pipeline(
+                network_of(source), schedule, config.out, variance_type=source.variance_type,
+                clip_sample=source.fields.get("clip_samples", True),
+            )
     except OSError as error:
         raise RunError(f"out is {str(config.out)!r}: it was not written ({error.strerror})"
                        ) from error
-    print(describe(source, schedule))
+    print("\n".join(describe(source, schedule)))
     print(f"written to {config.out}")
     if not config.verify:
         return None
-    heads = next(iter(attention_heads(unet))) if to_file else None
     written = open_source(str(config.out), allow_pickle=True, num_heads=heads, field="out")
-    channels, side = unet["in_channels"], unet["sample_size"]
-    shape = (channels, side, side) if isinstance(side, int) else (channels, *side)
-    reference = source.reference or (lambda: network_of(source, shape))
-    found, largest = difference(reference(), written.reference(), shape, 1000)
-    text = f"largest difference of the outputs {found:.2g}, of outputs up to {largest:.2g}"
+    side = source.unet["sample_size"] or 32
+    shape = (source.unet["in_channels"], *(side if isinstance(side, list) else (side, side)))
+    reference = source.reference() if source.reference else network_of(source)
+    found, largest = difference(reference, written.reference(), shape, len(schedule or ()) or 1000)
+    text = f"largest difference {found:.2g}, of outputs up to {largest:.2g}"
     if not found <= TOLERANCE * max(1.0, largest):
         raise RunError(f"{config.out} does not compute what {config.source} does: {text}")
     print(f"verified: {text}")
     return found
 
 
-def _schedule(source, config: ConvertConfig, needed: bool):
-    """The source's noise schedule; ``needed`` in a pipeline, and else for the screen alone."""
+def _check(source, config: ConvertConfig, to_file: bool) -> None:
+    def refuse(why: str) -> None:
+        raise UsageError(f"source is {config.source!r}: {why}")
+
+    if source.unet is None:
+        refuse("a network for points has no counterpart in diffusers or improved-diffusion")
+    told = source.scheduler is not None or "schedule" in source.fields
+    sized = source.format != "improved-diffusion"
+    if told and config.schedule is not None:
+        refuse("it tells its noise schedule itself; leave --schedule out")
+    if sized and config.resolution is not None:
+        refuse("it tells the size of its images itself; leave --resolution out")
+    if to_file and not sized:
+        refuse("it is in that format already; name a directory for a diffusers pipeline")
+    if not to_file and not sized and config.resolution is None:
+        refuse("it does not tell the size of its images; give --resolution, as it was trained with")
+    if not to_file and not told and config.schedule is None:
+        refuse("it does not tell its noise schedule; give --schedule linear or cosine, and "
+               "--timesteps, as it was trained with")
+
+
+def _schedule(source, config: ConvertConfig):
+    """The noise schedule, None where nobody tells it."""
     from robustdm.pipeline import schedule_from
     from robustdm.schedule import NoiseSchedule
 
     if source.scheduler:
         return schedule_from(source.scheduler)
     kind = source.fields.get("schedule", config.schedule)
-    if kind is None and needed:
-        raise UsageError(
-            f"source is {config.source!r}: it does not tell its noise schedule; give --schedule "
-            "linear or cosine, and --timesteps, as it was trained with"
-        )
+    if kind is None:
+        return None
     make = NoiseSchedule.cosine if kind == "cosine" else NoiseSchedule.linear
     return make(source.fields.get("timesteps", config.timesteps))
 
 
-def _write_pipeline(source, schedule, config: ConvertConfig) -> None:
-    from robustdm.pipeline import save_pipeline
-    from robustdm.pretrained import network_of
-
-    unet = source.unet
-    if source.format == "improved-diffusion" and config.resolution is None:
-        raise UsageError(f"source is {config.source!r}: it does not tell the size of its images; "
-                         "give --resolution, as it was trained with")
-    save_pipeline(
-        network_of(source, (unet["in_channels"],)), schedule, config.out,
-        clip_sample=source.fields.get("clip_samples", True), variance_type=source.variance_type,
-    )
-
-
-def _write_improved(source, out: Path) -> None:
+def _write_improved(source, out: Path) -> int:
+    """Write the state dict; returns the number of attention heads, which it does not tell."""
     import torch
 
     from robustdm.models.improved import check_exact, from_diffusers
 
-    check_exact(source.unet)
+    try:
+        heads = check_exact(source.unet)
+    except UsageError as error:
+        raise UsageError(f"source is {source.name!r}: {error}") from None
     weights = from_diffusers(source.weights, source.unet)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".tmp-{uuid.uuid4().hex}-{out.name}")
@@ -156,6 +164,7 @@ def _write_improved(source, out: Path) -> None:
         os.replace(staging, out)
     finally:
         staging.unlink(missing_ok=True)
+    return heads
 
 
 if __name__ == "__main__":

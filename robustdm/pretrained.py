@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustdm.errors import RunError, UsageError
-from robustdm.models import build_model, improved, unet_config
+from robustdm.models import improved, unet_config
 from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_newest
@@ -178,10 +178,10 @@ def _open_for(config: TrainConfig) -> Source:
     )
 
 
-def describe(source: Source, schedule: NoiseSchedule) -> str:
-    """What a source is, in a few lines."""
+def describe(source: Source, schedule: NoiseSchedule | None) -> list[str]:
+    """What a source is, in a few lines; ``schedule`` is None where nobody tells it."""
     count = sum(value.numel() for value in source.weights.values())
-    lines = [f"init from  {source.name} ({source.format}), sha256 {source.sha256}"]
+    lines = [f"{source.name} ({source.format}), sha256 {source.sha256}"]
     if source.unet is None:
         lines.append(f"{count:,} parameters")
     else:
@@ -192,11 +192,11 @@ def describe(source: Source, schedule: NoiseSchedule) -> str:
             f"{'' if heads == [1] else 's'}, {unet['in_channels']} channels in, "
             f"{unet['out_channels']} out, made for images of {unet['sample_size']} pixels"
         )
-    stated = "" if source.scheduler or source.format == "run" else (
-        " (as configured: the weights do not tell it)")
-    lines.append(f"{schedule.name} schedule{stated}, predicts epsilon, variance "
-                 f"{source.variance_type}")
-    return "\n           ".join(lines)
+    stated = source.scheduler is not None or "schedule" in source.fields
+    noise = "unknown" if schedule is None else schedule.name if stated else (
+        f"{schedule.name} (as configured: the weights do not tell it)")
+    lines.append(f"noise schedule {noise}, predicts epsilon, variance {source.variance_type}")
+    return lines
 
 
 def probe(source: Source, model: nn.Module, shape: tuple[int, ...], steps: int) -> str:
@@ -238,6 +238,15 @@ def difference(
         out = network(x.to(place), t.to(place))
         outputs.append(getattr(out, "sample", out).double().cpu())
     return (outputs[0] - outputs[1]).abs().max().item(), outputs[0].abs().max().item()
+
+
+def network_of(source: Source) -> nn.Module:
+    """A source's UNet, in eval mode."""
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(**source.unet)
+    model.load_state_dict(source.weights)
+    return model.eval().requires_grad_(False)
 
 
 # Readers.
@@ -601,13 +610,3 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def network_of(source: Source, shape: tuple[int, ...]) -> nn.Module:
-    """The source's network, in eval mode."""
-    config = replace(TrainConfig(), init_from=source.name, pretrained=source.record(),
-                     **source.fields)
-    model = build_model(config, shape)
-    model.load_state_dict(source.weights)
-    return model.eval().requires_grad_(False)
-

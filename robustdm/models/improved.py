@@ -67,21 +67,22 @@ def unet_arguments(shapes: dict[str, tuple[int, ...]], heads: int | None, side: 
             levels.append([])
         else:
             levels[-1].append(k)
-    firsts = [f"input_blocks.{level[0] if level else 0}.0" for level in levels]
-    widths = [shapes.get(f"{first}.out_layers.3.weight", (0,))[0] for first in firsts]
-    if len({len(level) for level in levels}) > 1 or not all(widths):
+    found = [{shapes.get(f"input_blocks.{k}.0.out_layers.3.weight", (0,))[0] for k in level}
+             for level in levels]
+    if len({len(level) for level in levels}) > 1 or any(len(w) != 1 or 0 in w for w in found):
         raise UsageError(
-            "its levels do not have the same number of residual blocks between two strided "
+            "its levels are not residual blocks of one width, as many in each, between strided "
             "convolutions: networks with resblock_updown or without conv_resample "
             "(guided-diffusion) have no exact counterpart in diffusers"
         )
+    widths = [w.pop() for w in found]
     if shapes[FIRST][0] != widths[0]:
         raise UsageError(
             f"its first convolution has {shapes[FIRST][0]} channels and its first level "
             f"{widths[0]}: diffusers needs a channel_mult that begins with 1"
         )
     attends = [f"input_blocks.{level[0]}.1.qkv.weight" in shapes for level in levels]
-    shift = shapes.get(f"{firsts[0]}.emb_layers.1.weight", (0,))[0] == 2 * widths[0]
+    rows = shapes.get("input_blocks.1.0.emb_layers.1.weight", (0,))[0]
     return {
         "sample_size": side,
         "in_channels": shapes[FIRST][1],
@@ -94,7 +95,7 @@ def unet_arguments(shapes: dict[str, tuple[int, ...]], heads: int | None, side: 
             heads, [w for w, a in zip(widths, attends, strict=True) if a] + widths[-1:]
         ),
         "attn_norm_num_groups": GROUPS,
-        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        "resnet_time_scale_shift": "scale_shift" if rows == 2 * widths[0] else "default",
         **_EXACT,
     }
 

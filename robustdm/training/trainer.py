@@ -93,8 +93,9 @@ class Trainer:
         if config.pretrained is None or resumed:
             return ""
         source = start_from(config, self.model)
-        found = probe(source, self.model.eval(), self.data.shape, len(self.schedule))
-        return f"{describe(source, self.schedule)}\n           {found}"
+        lines = describe(source, self.schedule)
+        lines.append(probe(source, self.model.eval(), self.data.shape, len(self.schedule)))
+        return "init from  " + "\n           ".join(lines)
 
     def gradients(
         self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
