@@ -437,8 +437,8 @@ def test_from_improved_diffusion(tmp_path):
     torch.save(model.state_dict(), tmp_path / "ema_0.9999_000100.pt")
     out = tmp_path / "run"
     argv = ["--init-from", str(tmp_path / "ema_0.9999_000100.pt"), "--data", "images",
-            "--data-dir", str(images(tmp_path, 16)), "--resolution", "16", "--schedule", "cosine", "--timesteps",
-            "50", "--out", str(out), "--steps", "1", "--batch-size", "4", "--num-samples", "1",
+            "--data-dir", str(images(tmp_path, 16)), "--resolution", "16",
+            "--schedule", "cosine", "--timesteps", "50", "--out", str(out), "--steps", "1", "--batch-size", "4", "--num-samples", "1",
             "--final-steps", "2", "--lr", "1e-9", "--objective", "ddpm"]
     with pytest.raises(UsageError, match="add --allow-pickle"):
         main(argv)
