@@ -121,6 +121,8 @@ def open_source(
                          "directory, an improved-diffusion .pt, or a name on the Hub (owner/model)")
     except UsageError as error:
         raise UsageError(f"{field} is {name!r}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{field} is {name!r}: it cannot be read ({error.strerror})") from None
 
 
 # Making a run start from it.
@@ -196,6 +198,9 @@ def describe(source: Source, schedule: NoiseSchedule | None) -> list[str]:
     noise = "unknown" if schedule is None else schedule.name if stated else (
         f"{schedule.name} (as configured: the weights do not tell it)")
     lines.append(f"noise schedule {noise}, predicts epsilon, variance {source.variance_type}")
+    if source.format == "improved-diffusion" and schedule is not None and len(schedule) != 1000:
+        lines.append("note: with other than 1000 timesteps it must have been trained with "
+                     "rescale_timesteps False (see docs/pretrained.md)")
     return lines
 
 
@@ -286,6 +291,7 @@ def _open_file(
             "with the program that wrote it, and give those"
         )
     weights, sha256 = _read_weights(path, allow_pickle)
+    weights = _renamed(weights)
     if improved.FIRST not in weights:
         raise UsageError(
             f"its tensors ({', '.join(list(weights)[:3])}, ...) are not named as in "
@@ -297,7 +303,7 @@ def _open_file(
     heads = improved.check_exact(unet)
     return Source(
         name, "improved-diffusion", sha256, improved.to_diffusers(weights, unet), unet, None,
-        _variance_type(unet, None, {}), _network_fields(unet, resolution),
+        _variance_type(unet, None), _network_fields(unet, resolution),
         lambda: lambda x, t: improved.forward(weights, heads, x, t),
     )
 
@@ -313,7 +319,7 @@ def _open_diffusers(
     if not (place / "config.json").is_file():
         raise UsageError("it holds no model: neither config.yaml (a run), nor unet/config.json or "
                          "config.json (diffusers)")
-    unet = _unet(_read_json(place / "config.json"), num_heads)
+    unet, needed = _unet(_read_json(place / "config.json"), num_heads)
     file = folder / "scheduler" / "scheduler_config.json" if nested else (
         folder / "scheduler_config.json")
     scheduler = _read_json(file) if file.is_file() else None
@@ -325,7 +331,7 @@ def _open_diffusers(
     file = _weights_file(place, allow_pickle)
     found, sha256 = _read_weights(file, allow_pickle)
     weights = _renamed(found)
-    _check_shapes(_shapes(_skeleton(unet)), _shapes(weights))
+    _check_shapes(needed, _shapes(weights))
 
     def reference() -> nn.Module:
         from diffusers import UNet2DModel
@@ -356,7 +362,7 @@ def _open_diffusers(
                        clip_samples=bool(scheduler.get("clip_sample", True)))
     return Source(
         name, "diffusers", sha256, weights, unet, known,
-        _variance_type(unet, scheduler, scheduler or {}), fields, None if foreign else reference,
+        _variance_type(unet, scheduler), fields, None if foreign else reference,
     )
 
 
@@ -377,8 +383,8 @@ def _check_pipeline(index: dict) -> None:
     raise UsageError(f"{kind} is {why}")
 
 
-def _unet(values: dict, num_heads: int | None) -> dict:
-    """The arguments of ``UNet2DModel`` that a config.json stands for."""
+def _unet(values: dict, num_heads: int | None) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """The arguments of ``UNet2DModel`` that a config.json stands for, and its tensors' shapes."""
     kind = values.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise UsageError(
@@ -395,6 +401,7 @@ def _unet(values: dict, num_heads: int | None) -> dict:
     if unet["time_embedding_type"] == "fourier":
         raise UsageError("its network takes noise scales (time_embedding_type 'fourier'), not the "
                          "timesteps of a DDPM that predicts epsilon")
+    needed = _shapes(_skeleton(unet))
     if "attention_head_dim" in own:
         if num_heads is not None:
             raise UsageError(f"num_heads is {num_heads}, but its config.json has "
@@ -405,7 +412,7 @@ def _unet(values: dict, num_heads: int | None) -> dict:
         unet["attention_head_dim"] = None
     else:
         unet["attention_head_dim"] = improved.head_dim(num_heads, improved.attention_widths(unet))
-    return unet
+    return unet, needed
 
 
 def _arguments(values: dict) -> dict:
@@ -439,9 +446,11 @@ def _check_scheduler(values: dict) -> None:
                          "tells nothing of the image: such schedules are not treated")
 
 
-def _variance_type(unet: dict, scheduler: dict | None, values: dict) -> str:
+def _variance_type(unet: dict, scheduler: dict | None) -> str:
     channels, out = unet["in_channels"], unet["out_channels"]
-    kind = values.get("variance_type")
+    ddpm = scheduler is not None and scheduler.get("_class_name") == "DDPMScheduler"
+    default = "fixed_small" if ddpm else "fixed_large"
+    kind = str((scheduler or {}).get("variance_type", default))
     if out == 2 * channels:
         return kind if kind in ("learned", "learned_range") else "learned_range"
     if out != channels:
@@ -450,9 +459,8 @@ def _variance_type(unet: dict, scheduler: dict | None, values: dict) -> str:
     if kind in ("learned", "learned_range"):
         raise UsageError(f"its scheduler has variance_type {kind!r}, but its network only "
                          f"{out} output channels: {2 * channels} would be needed")
-    if kind is None:
-        ddpm = scheduler is not None and scheduler.get("_class_name") == "DDPMScheduler"
-        kind = "fixed_small" if ddpm else "fixed_large"
+    if kind.removesuffix("_log") not in ("fixed_small", "fixed_large"):
+        raise UsageError(f"its scheduler has variance_type {kind!r}, which is none of diffusers'")
     return kind
 
 

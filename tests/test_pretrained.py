@@ -301,6 +301,10 @@ REFUSED = {
     "torn": (lambda d: os.truncate(d / "unet" / f"{WEIGHTS}.safetensors", 1000),
              "holds no plain tensors"),
     "not json": (lambda d: config_of(d).write_text("{"), "config.json is no JSON object"),
+    "wrong type": (lambda d: edit(config_of(d), lambda v: v.update(block_out_channels=5) or v.pop(
+        "attention_head_dim")), "describes no network that can be built"),
+    "variance unknown": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: (
+        v.update(variance_type="huge"))), "variance_type 'huge'"),
     "empty": (lambda d: shutil.rmtree(d / "unet"), "it holds no model: neither config.yaml"),
 }
 
@@ -323,6 +327,8 @@ def test_a_name_without_a_network(monkeypatch, tmp_path):
     for name in ("runs/slip", "/no/such", "no such/model"):
         with pytest.raises(UsageError, match="there is no such file or directory"):
             open_source(name)
+    with pytest.raises(UsageError, match="cannot be read .File name too long"):
+        open_source("x" * 5000)
 
 
 def test_a_name_on_the_hub(monkeypatch, tmp_path):
@@ -432,13 +438,14 @@ def test_from_a_run_on_points(tmp_path):
         convert(ConvertConfig(str(first.out), tmp_path / "pipe"))
 
 
-def test_from_improved_diffusion(tmp_path):
+def test_from_improved_diffusion(tmp_path, capsys):
     model = make("learned sigma")
     torch.save(model.state_dict(), tmp_path / "ema_0.9999_000100.pt")
     out = tmp_path / "run"
     argv = ["--init-from", str(tmp_path / "ema_0.9999_000100.pt"), "--data", "images",
             "--data-dir", str(images(tmp_path, 16)), "--resolution", "16",
-            "--schedule", "cosine", "--timesteps", "50", "--out", str(out), "--steps", "1", "--batch-size", "4", "--num-samples", "1",
+            "--schedule", "cosine", "--timesteps", "50", "--out", str(out),
+            "--steps", "1", "--batch-size", "4", "--num-samples", "1",
             "--final-steps", "2", "--lr", "1e-9", "--objective", "ddpm"]
     with pytest.raises(UsageError, match="add --allow-pickle"):
         main(argv)
@@ -448,6 +455,7 @@ def test_from_improved_diffusion(tmp_path):
     run = load_run(out)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([0, 49])
     assert (predict(run.model, x, t) - model(x, t)).abs().max() < 1e-5
+    assert "rescale_timesteps" in capsys.readouterr().out
     assert run.schedule.name == "cosine(50)" and run.config.pretrained["unet"]["sample_size"] == 16
     assert DDPMScheduler.from_pretrained(out / "pipeline" / "scheduler").config.variance_type == (
         "learned_range")
