@@ -39,6 +39,9 @@ class ConvertConfig:
     """Noise schedule, where IN does not tell (improved-diffusion)."""
     timesteps: int = 1000
     """Its length."""
+    rescale_timesteps: bool = True
+    """improved-diffusion with other than 1000 timesteps: its network was told t * 1000 / timesteps,
+    as is the default there, and not t."""
     allow_pickle: bool = False
     """Read pickle files (.pt, .bin) too; tensors only, no code is run."""
 
@@ -78,7 +81,8 @@ def convert(config: ConvertConfig) -> float | None:
 
     source = open_source(
         config.source, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
-        resolution=config.resolution or 32, ema=config.ema, field="source",
+        resolution=config.resolution or 32, timesteps=config.timesteps,
+        rescale_timesteps=config.rescale_timesteps, ema=config.ema, field="source",
     )
     to_file = config.out.suffix == ".pt"
     _check(source, config, to_file)
@@ -99,11 +103,15 @@ def convert(config: ConvertConfig) -> float | None:
     print(f"written to {config.out}")
     if not config.verify:
         return None
-    written = open_source(str(config.out), allow_pickle=True, num_heads=heads, field="out")
+    table = source.unet["num_train_timesteps"]
+    written = open_source(
+        str(config.out), allow_pickle=True, num_heads=heads, timesteps=table or 1000, field="out"
+    )
     side = source.unet["sample_size"] or 32
     shape = (source.unet["in_channels"], *(side if isinstance(side, list) else (side, side)))
     reference = source.reference() if source.reference else network_of(source)
-    found, largest = difference(reference, written.reference(), shape, len(schedule or ()) or 1000)
+    found, largest = difference(reference, written.reference(), shape,
+                                len(schedule or ()) or 1000)
     text = f"largest difference {found:.2g}, of outputs up to {largest:.2g}"
     if not found <= TOLERANCE * max(1.0, largest):
         raise RunError(f"{config.out} does not compute what {config.source} does: {text}")
@@ -153,7 +161,7 @@ def _write_improved(source, out: Path) -> int:
     from robustdm.models.improved import check_exact, from_diffusers
 
     try:
-        heads = check_exact(source.unet)
+        heads = check_exact(source.unet, source.weights)
     except UsageError as error:
         raise UsageError(f"source is {source.name!r}: {error}") from None
     weights = from_diffusers(source.weights, source.unet)

@@ -91,7 +91,8 @@ class Source:
 
 def open_source(
     name: str, *, allow_pickle: bool = False, num_heads: int | None = None, resolution: int = 32,
-    ema: float | None = None, field: str = "init_from",
+    timesteps: int = 1000, rescale_timesteps: bool = True, ema: float | None = None,
+    field: str = "init_from",
 ) -> Source:
     """Read and check a model.
 
@@ -101,6 +102,8 @@ def open_source(
         allow_pickle: read pickle files too, tensors only.
         num_heads: attention heads, where the source does not tell.
         resolution: side of the images, where the source does not tell.
+        timesteps: length T of the diffusion, where the source does not tell.
+        rescale_timesteps: of improved-diffusion: whether the network was told t * 1000 / T.
         ema: of a run: the decay rate of the average to read; the first of the run's if None.
         field: what to call ``name`` in errors.
 
@@ -110,7 +113,8 @@ def open_source(
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            return _open_file(name, path, allow_pickle, num_heads, resolution)
+            table = timesteps if rescale_timesteps and timesteps != 1000 else None
+            return _open_file(name, path, allow_pickle, num_heads, resolution, table)
         if (path / "config.yaml").is_file():
             return _open_run(name, path, ema)
         if path.is_dir():
@@ -176,7 +180,8 @@ def start_from(config: TrainConfig, model: nn.Module) -> Source:
 def _open_for(config: TrainConfig) -> Source:
     return open_source(
         config.init_from, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
-        resolution=config.resolution,
+        resolution=config.resolution, timesteps=config.timesteps,
+        rescale_timesteps=config.rescale_timesteps,
     )
 
 
@@ -199,8 +204,8 @@ def describe(source: Source, schedule: NoiseSchedule | None) -> list[str]:
         f"{schedule.name} (as configured: the weights do not tell it)")
     lines.append(f"noise schedule {noise}, predicts epsilon, variance {source.variance_type}")
     if source.format == "improved-diffusion" and schedule is not None and len(schedule) != 1000:
-        lines.append("note: with other than 1000 timesteps it must have been trained with "
-                     "rescale_timesteps False (see docs/pretrained.md)")
+        told = "t * 1000 / T" if source.unet["num_train_timesteps"] else "t"
+        lines.append(f"its network is told the timestep as {told} (--rescale-timesteps)")
     return lines
 
 
@@ -283,7 +288,8 @@ def _open_run(name: str, path: Path, ema: float | None) -> Source:
 
 
 def _open_file(
-    name: str, path: Path, allow_pickle: bool, num_heads: int | None, resolution: int
+    name: str, path: Path, allow_pickle: bool, num_heads: int | None, resolution: int,
+    table: int | None,
 ) -> Source:
     if path.suffix == ".pkl":
         raise UsageError(
@@ -297,14 +303,14 @@ def _open_file(
             f"its tensors ({', '.join(list(weights)[:3])}, ...) are not named as in "
             "improved-diffusion: for a diffusers model, name the directory with its config.json"
         )
-    unet = _arguments(improved.unet_arguments(_shapes(weights), num_heads, resolution))
+    unet = _arguments(improved.unet_arguments(_shapes(weights), num_heads, resolution, table))
     expected = improved.from_diffusers(_skeleton(unet), unet)
     _check_shapes(_shapes(expected), _shapes(weights))
-    heads = improved.check_exact(unet)
+    scale = 1000 / table if table else 1
     return Source(
         name, "improved-diffusion", sha256, improved.to_diffusers(weights, unet), unet, None,
         _variance_type(unet, None), _network_fields(unet, resolution),
-        lambda: lambda x, t: improved.forward(weights, heads, x, t),
+        lambda: lambda x, t: improved.forward(weights, num_heads, x, t * scale),
     )
 
 
@@ -601,7 +607,7 @@ def _download(name: str, patterns: list[str]) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # no network, no such model, no right to read it, no room, ...
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
         raise UsageError(
             f"there is no such path here, and it could not be had from the Hub ({text}): check "
             f"the name; without a network, run `hf download {name} --local-dir DIR` where there "

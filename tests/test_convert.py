@@ -12,7 +12,7 @@ from robustdm.pipeline import save_pipeline
 from robustdm.schedule import NoiseSchedule
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-T = torch.tensor([7, 900])
+T = torch.tensor([7, 390])
 
 
 def convert(*arguments):
@@ -37,7 +37,7 @@ def test_improved_diffusion_to_diffusers_and_back(saved, tmp_path, capsys):
     convert(path, tmp_path / "pipe", *flags(name))
     assert "verified: largest difference" in capsys.readouterr().out
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "pipe", use_safetensors=True)
-    wanted = model(X, T)
+    wanted = model(X, T * 1000 / 400)  # what it tells its network by default
     with torch.no_grad():
         assert (pipeline.unet(X, T).sample - wanted).abs().max() < 1e-5
     learned = ARCHITECTURES[name].get("learn_sigma", False)
@@ -52,6 +52,27 @@ def test_improved_diffusion_to_diffusers_and_back(saved, tmp_path, capsys):
     own = model.state_dict()
     assert back.keys() == own.keys()
     assert all(torch.equal(back[key], own[key]) for key in own)
+
+
+def test_without_rescaled_timesteps(tmp_path):
+    model = make("scale-shift")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "pipe", *flags("scale-shift"),
+            "--no-rescale-timesteps")
+    unet = UNet2DModel.from_pretrained(tmp_path / "pipe" / "unet")
+    assert unet.config.time_embedding_type == "positional"
+    with torch.no_grad():
+        assert (unet(X, T).sample - model(X, T)).abs().max() < 1e-5
+
+
+def test_a_table_of_timesteps_that_was_trained_does_not_go_back(tmp_path):
+    convert(improved_file(tmp_path), tmp_path / "pipe", *flags("scale-shift"))
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "pipe")
+    with torch.no_grad():
+        pipeline.unet.time_proj.weight[3, 1] += 0.01
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="its embeddings of the timesteps are learned"):
+        convert(tmp_path / "other", tmp_path / "back.pt")
 
 
 def test_our_plain_forward_pass_is_improved_diffusion_s(saved):

@@ -446,7 +446,8 @@ def test_from_improved_diffusion(tmp_path, capsys):
             "--data-dir", str(images(tmp_path, 16)), "--resolution", "16",
             "--schedule", "cosine", "--timesteps", "50", "--out", str(out),
             "--steps", "1", "--batch-size", "4", "--num-samples", "1",
-            "--final-steps", "2", "--lr", "1e-9", "--objective", "ddpm"]
+            "--final-steps", "2", "--lr", "1e-9", "--objective", "ddpm",
+            "--precision", "bf16", "--checkpoint-every", "1"]
     with pytest.raises(UsageError, match="add --allow-pickle"):
         main(argv)
     with pytest.raises(UsageError, match="give --num-heads"):
@@ -454,11 +455,16 @@ def test_from_improved_diffusion(tmp_path, capsys):
     assert main([*argv, "--allow-pickle", "--num-heads", "2"]) == 0
     run = load_run(out)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([0, 49])
-    assert (predict(run.model, x, t) - model(x, t)).abs().max() < 1e-5
-    assert "rescale_timesteps" in capsys.readouterr().out
+    assert (predict(run.model, x, t) - model(x, t * 20)).abs().max() < 1e-5
+    assert "told the timestep as t * 1000 / T" in capsys.readouterr().out
     assert run.schedule.name == "cosine(50)" and run.config.pretrained["unet"]["sample_size"] == 16
     assert DDPMScheduler.from_pretrained(out / "pipeline" / "scheduler").config.variance_type == (
         "learned_range")
+    table = run.model.state_dict()["time_proj.weight"]
+    assert main(["--resume", "--out", str(out), "--steps", "3", "--lr", "0.01"]) == 0
+    after = load_run(out).model.state_dict()
+    assert torch.equal(after["time_proj.weight"], table)  # no weight of that network
+    assert not torch.equal(after["conv_in.weight"], run.model.state_dict()["conv_in.weight"])
 
 
 def test_another_network_or_schedule_cannot_be_asked_for(tmp_path, capsys):

@@ -88,7 +88,11 @@ def _build_like(config: TrainConfig, channels: int) -> nn.Module:
             f"the data have {channels}; give --data-dir with images of {unet['in_channels']} "
             "channels, or another model"
         )
-    return UNet2DModel(**{**unet, "sample_size": config.resolution, "dropout": config.dropout})
+    model = UNet2DModel(**{**unet, "sample_size": config.resolution, "dropout": config.dropout})
+    if unet["time_embedding_type"] == "learned":
+        # A table of what improved-diffusion computes: no weight of that network.
+        model.time_proj.requires_grad_(False)
+    return model
 
 
 def set_attention(network: nn.Module, config: TrainConfig, device: torch.device) -> None:

@@ -33,20 +33,24 @@ _PARTS = {
 # What UNet2DModel must be told for its forward pass to be improved-diffusion's.
 _EXACT = {
     "norm_eps": 1e-5, "norm_num_groups": GROUPS, "downsample_padding": 1, "flip_sin_to_cos": True,
-    "freq_shift": 0, "time_embedding_type": "positional", "time_embedding_dim": None,
+    "freq_shift": 0, "time_embedding_dim": None,
     "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "downsample_type": "conv",
     "upsample_type": "conv", "center_input_sample": False, "add_attention": True,
     "class_embed_type": None, "num_class_embeds": None,
 }
 
 
-def unet_arguments(shapes: dict[str, tuple[int, ...]], heads: int | None, side: int) -> dict:
+def unet_arguments(
+    shapes: dict[str, tuple[int, ...]], heads: int | None, side: int, table: int | None = None
+) -> dict:
     """Arguments of the ``UNet2DModel`` that computes what improved-diffusion's network does.
 
     Args:
         shapes: name -> shape of the state dict.
         heads: number of attention heads, the same at all levels.
         side: side of the images in pixels.
+        table: length T of the diffusion, if the network was told t * 1000 / T and not t: that is
+            written as a table of embeddings, of which diffusers can have one in their place.
 
     Raises:
         UsageError: if the heads are not given or do not fit, or the network has no exact
@@ -97,6 +101,8 @@ def unet_arguments(shapes: dict[str, tuple[int, ...]], heads: int | None, side: 
         "attn_norm_num_groups": GROUPS,
         "resnet_time_scale_shift": "scale_shift" if rows == 2 * widths[0] else "default",
         **_EXACT,
+        "time_embedding_type": "learned" if table else "positional",
+        "num_train_timesteps": table,
     }
 
 
@@ -130,8 +136,12 @@ def head_dim(heads: int | None, widths: list[int]) -> int | None:
     return widths[0] // heads
 
 
-def check_exact(unet: dict) -> int:
-    """Whether improved-diffusion can compute what a ``UNet2DModel`` with these arguments does.
+def check_exact(unet: dict, weights: dict[str, Tensor]) -> int:
+    """Whether improved-diffusion can compute what a ``UNet2DModel`` does.
+
+    Args:
+        unet: its arguments.
+        weights: its state dict.
 
     Returns:
         Its number of attention heads.
@@ -152,6 +162,13 @@ def check_exact(unet: dict) -> int:
     if shift not in ("default", "scale_shift") or groups != GROUPS:
         problems.append(f"resnet_time_scale_shift is {shift!r} with attn_norm_num_groups "
                         f"{unet['attn_norm_num_groups']!r}")
+    kind = unet["time_embedding_type"]
+    if kind == "learned":
+        rows = weights["time_proj.weight"]
+        if not torch.allclose(rows, _table(len(rows), rows.shape[1]), atol=1e-6):
+            problems.append("its embeddings of the timesteps are learned")
+    elif kind != "positional":
+        problems.append(f"time_embedding_type is {kind!r}")
     heads = attention_heads(unet)
     if len(heads) > 1:
         problems.append(f"it has {sorted(heads)} attention heads, depending on the level")
@@ -210,6 +227,9 @@ def to_diffusers(weights: dict[str, Tensor], unet: dict) -> dict[str, Tensor]:
     """An improved-diffusion state dict as that of the ``UNet2DModel`` of `unet_arguments`."""
     (heads,) = attention_heads(unet)
     found = {}
+    if unet["time_embedding_type"] == "learned":
+        width = weights["time_embed.0.weight"].shape[1]
+        found["time_proj.weight"] = _table(unet["num_train_timesteps"], width)
     for theirs, ours, kind in _layout(unet):
         for old, new in _PARTS[kind].items():
             for end in (".weight", ".bias"):
@@ -250,6 +270,18 @@ def from_diffusers(weights: dict[str, Tensor], unet: dict) -> dict[str, Tensor]:
     return found
 
 
+def _embed(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of timesteps (B,), which may be fractions: (B, width)."""
+    half = width // 2
+    angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _table(steps: int, width: int) -> Tensor:
+    """The embeddings of t * 1000 / T, for every t."""
+    return _embed(torch.arange(steps) * (1000 / steps), width)
+
+
 def forward(weights: dict[str, Tensor], heads: int, x: Tensor, t: Tensor) -> Tensor:
     """improved-diffusion's forward pass on its own state dict, in plain torch, to check against.
 
@@ -257,7 +289,7 @@ def forward(weights: dict[str, Tensor], heads: int, x: Tensor, t: Tensor) -> Ten
         weights: the state dict.
         heads: number of attention heads.
         x: (B, C, H, W) images.
-        t: (B,) timesteps.
+        t: (B,) timesteps as the network is told them, which may be fractions.
 
     Returns:
         (B, C, H, W), or (B, 2 C, H, W) of a network with learned variances.
@@ -309,9 +341,8 @@ def forward(weights: dict[str, Tensor], heads: int, x: Tensor, t: Tensor) -> Ten
                 h = conv(part, h)
         return h
 
-    half = weights["time_embed.0.weight"].shape[1] // 2
-    angle = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=x.device) / half)
-    embedding = linear("time_embed.0", torch.cat([angle.cos(), angle.sin()], dim=1))
+    width = weights["time_embed.0.weight"].shape[1]
+    embedding = linear("time_embed.0", _embed(t, width))
     embedding = linear("time_embed.2", F.silu(embedding))
     counts = {part: 1 + max(int(name.split(".")[1]) for name in weights if name.startswith(part))
               for part in ("input_blocks", "output_blocks")}

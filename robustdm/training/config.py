@@ -107,6 +107,9 @@ class TrainConfig:
     improved-diffusion .pt. Network, schedule, resolution and clipping are that model's."""
     num_heads: int | None = None
     """init_from: attention heads, where the model does not tell (improved-diffusion)."""
+    rescale_timesteps: bool = True
+    """init_from, an improved-diffusion .pt whose timesteps are not 1000: its network was told
+    t * 1000 / timesteps, as is the default there, and not t."""
     allow_pickle: bool = False
     """init_from: read pickle files (.pt, .bin) too; tensors only, no code is run."""
     pretrained: Annotated[dict | None, tyro.conf.Suppress] = None
