@@ -49,7 +49,8 @@ def read_yaml(path: Path) -> dict:
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """Configuration of a training run: preset, then YAML file, then flags.
 
-    With ``--resume`` the configuration saved in ``--out`` takes the place of preset and file.
+    With ``--resume`` the configuration saved in ``--out`` takes the place of preset and file. With
+    ``--init-from`` the model's network, schedule and resolution take the place of the preset's.
 
     Raises:
         UsageError: for an unknown preset, field or value in preset and file.
@@ -83,12 +84,27 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
                 "leave --preset out"
             )
         values = {**values, "resume": True, "dry_run": False, "stop_after": None, "max_time": None}
+        file = {}
     else:
         file = read_yaml(Path(known.config)) if known.config else {}
+        file.pop("pretrained", None)  # of an earlier run: init_from is looked at anew
         name = known.preset or file.get("preset") or "digits"
         values = {**preset_values(str(name)), **file, "preset": name, "config": known.config}
     base = TrainConfig.from_dict(values, str(known.config or "configuration"))
-    return tyro.cli(
-        TrainConfig, args=argv, default=base, prog="python -m robustdm.train",
-        description="Train a diffusion model that survives noisy data.",
-    )
+
+    def parse(default: TrainConfig) -> TrainConfig:
+        return tyro.cli(
+            TrainConfig, args=argv, default=default, prog="python -m robustdm.train",
+            description="Train a diffusion model that survives noisy data.",
+        )
+
+    config = parse(base)
+    if config.init_from is None or config.resume:
+        return config
+    from robustdm.pretrained import check_settled, settle
+
+    settled = settle(config)
+    # Again, over the model's values: so far, preset and flags were one.
+    config = parse(TrainConfig.from_dict({**settled.to_dict(), **file}, str(known.config)))
+    check_settled(config, settled)
+    return config

@@ -31,6 +31,35 @@ def scheduler_config(schedule: NoiseSchedule) -> dict:
     return dict(num_train_timesteps=len(schedule), trained_betas=schedule.betas.tolist())
 
 
+def schedule_from(config: dict) -> NoiseSchedule:
+    """The schedule of a diffusers scheduler's configuration, the inverse of `scheduler_config`.
+
+    Args:
+        config: ``num_train_timesteps``, ``beta_schedule``, ``beta_start``, ``beta_end`` and
+            ``trained_betas``, or some of them; diffusers' defaults for the others.
+
+    Raises:
+        UsageError: if they do not make a schedule.
+    """
+    from diffusers import DDPMScheduler
+
+    try:
+        scheduler = DDPMScheduler(**config)
+    except Exception as error:  # whatever a wrong value meets first
+        text = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UsageError(
+            f"its scheduler cannot be built ({type(error).__name__}: {text})"
+        ) from None
+    kind = scheduler.config
+    name = f"{kind.beta_schedule}({len(scheduler.betas)})"
+    if kind.trained_betas is not None:
+        return NoiseSchedule(kind.trained_betas, f"custom({len(scheduler.betas)})")
+    if kind.beta_schedule == "linear":  # diffusers' own table has the precision of float32
+        return NoiseSchedule(torch.linspace(kind.beta_start, kind.beta_end, len(scheduler.betas),
+                                            dtype=torch.float64), name)
+    return NoiseSchedule(scheduler.betas, name)
+
+
 def save_pipeline(
     unet,
     schedule: NoiseSchedule,
@@ -49,7 +78,8 @@ def save_pipeline(
         schedule: the noise schedule it was trained with.
         directory: where; an older pipeline there is replaced.
         clip_sample: whether the pipeline clips the predicted image to [-1, 1].
-        variance_type: "fixed_large" or "fixed_small".
+        variance_type: "fixed_large", "fixed_small" or, of a network that predicts its variance,
+            "learned_range".
         timestep_spacing: which timesteps a pipeline of fewer steps visits. "leading" is the one
             that all diffusers schedulers made from this configuration treat correctly: DDIM with
             "linspace" steps off its own list, DDPM with "trailing" adds noise to its result.

@@ -623,7 +623,8 @@ def test_another_architecture_is_named():
     tensors = network(4).state_dict()
     del tensors["2.bias"]
     tensors["9.bias"] = torch.zeros(1)
-    with pytest.raises(UsageError, match="2.bias is missing; parameter 9.bias is unknown"):
+    with pytest.raises(UsageError, match=r"2.bias is missing, the network needs \(2,\); "
+                                         r"parameter 9.bias of shape \(1,\) is unknown"):
         check_model_shapes(network(4), tensors)
     check_model_shapes(network(4), network(4).state_dict())
 

@@ -55,6 +55,7 @@ def test_the_package_itself_is_lazy():
 
 @pytest.mark.parametrize("entry", [
     "train", "sample", "report", "reproduce", "plan", "attack", "evaluate", "memorise", "steps",
+    "convert",
 ])
 def test_help_needs_no_torch(entry):
     out = python(
@@ -91,7 +92,7 @@ LAYERS = {
     "models": ("errors", "models", "ops", "dropout", "training.config"),
 }
 ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise",
-                "steps")
+                "steps", "convert")
 
 
 def imports_of(path):

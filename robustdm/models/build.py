@@ -46,6 +46,8 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         config: the run's configuration.
         shape: shape of one sample, (C, H, W) or (D,).
 
+    A configuration that starts from a model has that model's network, with initial weights too.
+
     Returns:
         A diffusers ``UNet2DModel`` (its output's ``.sample`` is the prediction) or a `PointMLP`.
 
@@ -63,6 +65,8 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         torch.default_generator.manual_seed(config.seed)
         if config.network == "mlp":
             return PointMLP(shape[0], config.mlp_width, config.mlp_depth)
+        if config.pretrained:
+            return _build_like(config, shape[0])
         head = config.attention_head_dim
         if head and any(c % head for c in config.block_channels):
             raise UsageError(
@@ -72,6 +76,23 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         from diffusers import UNet2DModel
 
         return UNet2DModel(**unet_config(config, shape[0]))
+
+
+def _build_like(config: TrainConfig, channels: int) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    unet = config.pretrained["unet"]
+    if unet["in_channels"] != channels:
+        raise UsageError(
+            f"init_from is {config.init_from!r}: its network takes {unet['in_channels']} channels, "
+            f"the data have {channels}; give --data-dir with images of {unet['in_channels']} "
+            "channels, or another model"
+        )
+    model = UNet2DModel(**{**unet, "sample_size": config.resolution, "dropout": config.dropout})
+    if unet["time_embedding_type"] == "learned":
+        # A table of what improved-diffusion computes: no weight of that network.
+        model.time_proj.requires_grad_(False)
+    return model
 
 
 def set_attention(network: nn.Module, config: TrainConfig, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from robustdm.errors import RunError, UsageError
 from robustdm.evaluation import Generator, features_of, generate, measure
 from robustdm.features import cache_directory, load_extractor
 from robustdm.models import build_model
+from robustdm.pretrained import ORIGIN_FIELDS
 from robustdm.studies.claims import Claim, Spread, spread
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
@@ -81,6 +82,8 @@ class Arm:
         """Name of the files of the training alone."""
         # Not what a resumed run may change, such as logging: that leaves the weights as they are.
         bookkeeping = set(CHANGEABLE) - {"steps", "lr", "data_dir"}
+        if self.config.init_from is None:
+            bookkeeping |= set(ORIGIN_FIELDS)
         config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
         decides = [config, self.make_data.__qualname__]
         if self.config.data_dir is not None:

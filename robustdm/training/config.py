@@ -11,7 +11,9 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from robustdm.errors import UsageError
 
@@ -98,6 +100,20 @@ class TrainConfig:
     """Noise schedule."""
     timesteps: int = 1000
     """Length of the diffusion."""
+
+    # A model to start from.
+    init_from: str | None = None
+    """A model to start from: a diffusers directory or its name on the Hub, a run directory, or an
+    improved-diffusion .pt. Network, schedule, resolution and clipping are that model's."""
+    num_heads: int | None = None
+    """init_from: attention heads, where the model does not tell (improved-diffusion)."""
+    rescale_timesteps: bool = True
+    """init_from, an improved-diffusion .pt whose timesteps are not 1000: its network was told
+    t * 1000 / timesteps, as is the default there, and not t."""
+    allow_pickle: bool = False
+    """init_from: read pickle files (.pt, .bin) too; tensors only, no code is run."""
+    pretrained: Annotated[dict | None, tyro.conf.Suppress] = None
+    """What init_from led to: source, sha256, arguments of the UNet, schedule. Not set by hand."""
 
     # Network.
     network: Literal["unet", "mlp"] = "unet"
@@ -233,6 +249,7 @@ class TrainConfig:
              "give one or several decay rates, from 0 to below 1")
         need(len(set(self.ema_rates)) == len(self.ema_rates), "ema_rates",
              "the rates must differ from each other")
+        need(self.num_heads is None or self.num_heads >= 1, "num_heads", "at least 1")
         need(len(self.block_channels) > 0 and all(c % self.norm_groups == 0
                                                   for c in self.block_channels),
              "block_channels", f"each must be a multiple of norm_groups, {self.norm_groups}")
@@ -345,6 +362,8 @@ def _convert(value, wanted):
             return tuple(_convert(item, args[0]) for item in value)
     elif wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return float(value)  # YAML 1.1 reads 1e-4 as a string
+    elif wanted is dict and isinstance(value, dict):
+        return value
     elif wanted is Path and isinstance(value, (str, Path)):
         return Path(value)
     elif type(value) is wanted:

@@ -19,6 +19,7 @@ from robustdm.data import batches
 from robustdm.device import keep_freed_memory
 from robustdm.errors import RunError, UsageError
 from robustdm.pipeline import save_pipeline
+from robustdm.pretrained import settle
 from robustdm.random import shuffled
 from robustdm.report import REDUCED_CONTRAST, write_report
 from robustdm.resident import ResidentBatch
@@ -107,6 +108,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _train(config: TrainConfig, progress_mode: str) -> Result:
+    config = settle(config)
     check_use(config.out, config, config.resume)  # before the data, which may take minutes
     trainer = Trainer(config)
     if trainer.device.type == "cpu":
@@ -409,6 +411,7 @@ class _Session:
             save_pipeline(
                 trainer.emas[0].model, trainer.schedule, out / "pipeline",
                 clip_sample=config.clip_samples,
+                variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
             )
         summary = {
             "step": trainer.step,
@@ -432,7 +435,7 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
            for key, value in estimate.items()}
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
-    return "\n".join((
+    lines = (
         f"data       {trainer.data.describe()}",
         f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters",
         f"objective  {config.objective}, lambda {config.lam} ({config.lambda_mode}), "
@@ -441,5 +444,7 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
         f"{config.precision} on {device_name(trainer.device)}",
         f"memory     about {gib['total']} ({gib['weights']} weights and optimizer, "
         f"{gib['activations']} activations)",
+        trainer.origin,
         f"out        {config.out}",
-    ))
+    )
+    return "\n".join(line for line in lines if line)

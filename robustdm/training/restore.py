@@ -11,23 +11,35 @@ from robustdm.errors import UsageError
 def check_model_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Raise a UsageError, with at most three names, unless ``tensors`` fit the network."""
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    _refuse(shape_problems(needed, {name: tuple(v.shape) for name, v in tensors.items()}))
+
+
+def shape_problems(
+    needed: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """What keeps weights of the shapes ``found`` from fitting a network that needs others."""
     problems = [
         f"parameter {name} has shape {found[name]}, the network needs {shape}"
         for name, shape in needed.items() if name in found and found[name] != shape
     ]
-    problems += [f"parameter {name} is missing" for name in needed if name not in found]
-    problems += [f"parameter {name} is unknown to the network" for name in found
-                 if name not in needed]
-    _refuse(problems)
+    problems += [f"parameter {name} is missing, the network needs {shape}"
+                 for name, shape in needed.items() if name not in found]
+    problems += [f"parameter {name} of shape {shape} is unknown to the network"
+                 for name, shape in found.items() if name not in needed]
+    return problems
+
+
+def some_of(problems: list[str]) -> str:
+    """The first three of them, and how many there are beyond."""
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
 
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UsageError(
-            f"checkpoint of another architecture: {'; '.join(problems[:3])}{more}; use the "
-            "configuration that it was trained with"
+            f"checkpoint of another architecture: {some_of(problems)}; use the configuration that "
+            "it was trained with"
         )
 
 

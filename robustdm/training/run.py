@@ -12,6 +12,7 @@ from robustdm.errors import RunError, UsageError
 from robustdm.models import build_model
 from robustdm.objectives import Objective
 from robustdm.perturbation import Perturbation
+from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_checkpoint, load_newest
 from robustdm.training.config import TrainConfig
@@ -20,7 +21,9 @@ from robustdm.training.rundir import read_config
 
 
 def schedule_of(config: TrainConfig) -> NoiseSchedule:
-    """The noise schedule of a configuration."""
+    """The noise schedule of a configuration; of one that starts from a model, that model's."""
+    if config.pretrained and config.pretrained["scheduler"]:
+        return schedule_from(config.pretrained["scheduler"])
     make = NoiseSchedule.linear if config.schedule == "linear" else NoiseSchedule.cosine
     return make(config.timesteps)
 

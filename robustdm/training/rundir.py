@@ -51,6 +51,7 @@ CHANGEABLE = {
                     "where and how the same step is computed: machines differ"),
     **dict.fromkeys(("data_dir", "max_bad"), "the content of the data is compared by its sha256"),
     "max_skipped": "when to give up",
+    "allow_pickle": "how the file is read, not what is in it: its sha256 is compared",
     "lr": "constant after the warm-up, so a later value is a common and clear correction",
 }
 # Switches of a single command: config.yaml does not carry them over to the next one.

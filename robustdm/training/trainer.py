@@ -17,10 +17,11 @@ from robustdm.inference import fast_network
 from robustdm.models import build_model
 from robustdm.models.build import set_attention
 from robustdm.objectives import Objective, dropout_seed
+from robustdm.pretrained import describe, probe, settle, start_from
 from robustdm.resident import ResidentBatch
 from robustdm.sampling import sample
 from robustdm.step import Gradients, GradientStep, WorkingCopy
-from robustdm.training.checkpoint import Checkpoint
+from robustdm.training.checkpoint import Checkpoint, list_checkpoints
 from robustdm.training.config import TrainConfig
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.optimizer import EMA, SkippingAdamW
@@ -42,14 +43,17 @@ class Trainer:
     Args:
         config: the run's configuration.
         data: what to train on; what the configuration names if None.
-        weights: to start from; random ones if None.
+        weights: to start from; random ones, or those that the configuration names, if None.
+
+    Attributes:
+        origin: the model that the weights started from, in a few lines; "" if there is none.
     """
 
     def __init__(
         self, config: TrainConfig, data: Data | None = None,
         weights: dict[str, Tensor] | None = None,
     ):
-        self.config = config
+        self.config = config = settle(config)
         self.device = resolve_device(config.device)
         self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
@@ -66,6 +70,7 @@ class Trainer:
                 from robustdm.models.fuse import fuse  # networks for points do without diffusers
 
                 fuse(self.model)
+        self.origin = self._load_origin()
         self.model.train()
         self.network = WorkingCopy(self.model) if config.precision == "bf16" else self.model
         self.gradient_step = GradientStep(self.network, self.objective)
@@ -84,6 +89,20 @@ class Trainer:
         self.skipped_in_a_row = torch.zeros((), device=self.device)
         self._sums = torch.zeros(4, device=self.device)
         self._bands = torch.zeros(2, BANDS, device=self.device)
+
+    def _load_origin(self) -> str:
+        """Start from the model that the configuration names; what it is, for the screen.
+
+        A resumed run has its weights in a checkpoint: the model may be gone.
+        """
+        config = self.config
+        resumed = config.resume and list_checkpoints(config.out / "checkpoints")
+        if config.pretrained is None or resumed:
+            return ""
+        source = start_from(config, self.model)
+        lines = describe(source, self.schedule)
+        lines.append(probe(source, self.model.eval(), self.data.shape, len(self.schedule)))
+        return "init from  " + "\n           ".join(lines)
 
     def gradients(
         self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
