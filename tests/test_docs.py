@@ -84,6 +84,10 @@ def test_every_command_is_accepted_by_its_parser(name, only_parse, monkeypatch):
     assert found or name == "docs/studies.md"
 
 
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
 # The walk: its commands find pictures, and a run under every name that the documents use. What is
 # added to a command makes it tiny.
 WALKED = ["README.md", *(f"docs/{name}.md" for name in (
