@@ -15,6 +15,7 @@ import pytest
 import torch
 import tyro
 from PIL import Image
+from safetensors.torch import save_file
 
 from robustdm import planner, reproduce, train
 from robustdm.errors import RobustDMError
@@ -86,6 +87,20 @@ def test_every_command_is_accepted_by_its_parser(name, only_parse, monkeypatch):
 
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_the_teaser_is_drawn_from_the_arms_of_the_study(tmp_path, monkeypatch):
+    for name in ("DDPM", "robust_adv-ray"):
+        save_file({"samples": torch.zeros(16, 1, 8, 8)},
+                  tmp_path / f"digits-{name}-seed0-0123abcd-samples.safetensors")
+    out = tmp_path / "teaser.png"
+    main_of(["python", "docs/teaser.py", str(tmp_path), "--out", str(out)], monkeypatch)()
+    drawn, kept = (np.asarray(Image.open(path)) for path in (out, ROOT / "docs/teaser.png"))
+    assert drawn.shape == kept.shape and 850 < drawn.shape[1] < 950
+    half = len(drawn) // 2  # the rows of data are the same, those of samples are not
+    pictures = slice(156, None)
+    assert np.array_equal(drawn[:half, pictures], kept[:half, pictures])
+    assert not np.array_equal(drawn[half:, pictures], kept[half:, pictures])
 
 
 # The walk: its commands find pictures, and a run under every name that the documents use. What is
