@@ -28,6 +28,7 @@ from robustdm.studies import (
     invitro,
     lambda_mode,
     memorisation,
+    runner,
     scales,
     subspace,
 )
@@ -120,6 +121,34 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     arms = read_arms(tmp_path / "subspace" / "results.json", "compare")
     assert all(TrainConfig.from_dict(arm["config"], "x").num_points == 5000 for arm in arms)
     assert {arm["config"]["objective"] for arm in arms} > {"ddpm", "robust_adv"}
+
+
+def test_arms_of_another_revision_are_named_and_set_aside(tmp_path, capsys, monkeypatch):
+    arms = subspace.arms
+    monkeypatch.setattr(subspace, "arms", lambda *a: [replace(arm, **QUICK) for arm in arms(*a)])
+    command = ["subspace", "--seeds", "1", "--steps", "1", "--jobs", "1",
+               "--out", str(tmp_path / "subspace")]
+    assert main(command) == 0
+    monkeypatch.setattr(runner, "git_revision", lambda: "f" * 40)
+    assert main(command) == 0
+    assert "another revision of the code" in capsys.readouterr().out
+    assert main([*command, "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert "is moved to" in said and "done already" not in said and "revision" not in said
+    assert (tmp_path / "arms.1").is_dir(), "nothing is lost"
+
+
+def test_another_file_in_the_same_place_is_another_arm(arm, tmp_path):
+    path = tmp_path / "w.th"
+    path.write_text("one")
+    first = replace(arm, weights=path).key
+    assert replace(arm, weights=path).key == first
+    path.write_text("other")
+    assert replace(arm, weights=path).key != first
+    of_data = replace(arm, config=replace(arm.config, data_dir=path))
+    first = of_data.training_key
+    path.write_text("a third")
+    assert of_data.training_key != first
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
