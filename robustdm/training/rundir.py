@@ -49,7 +49,8 @@ CHANGEABLE = {
     **dict.fromkeys(("device", "backend", "compile", "cuda_graph", "attention", "accumulate",
                      "workers", "resident_gib"),
                     "where and how the same step is computed: machines differ"),
-    **dict.fromkeys(("data_dir", "max_bad"), "the content of the data is compared by its sha256"),
+    **dict.fromkeys(("data_dir", "corrupt_with", "max_bad"),
+                    "the content of the data is compared by its sha256"),
     "max_skipped": "when to give up",
     "lr": "constant after the warm-up, so a later value is a common and clear correction",
 }
