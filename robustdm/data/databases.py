@@ -5,10 +5,10 @@ What they hold is decoded like any file: the formats of `decode` alone, and no p
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,12 +29,24 @@ def is_lmdb(path: Path) -> bool:
     return (path / "data.mdb").is_file() or path.name == "data.mdb" and path.is_file()
 
 
-@functools.lru_cache(maxsize=8)
-def _environment(folder: str, process: int):
-    """One per process: the library allows no second, and none that a parent opened."""
+# Open lmdbs, by folder, with the process that opened each. The library allows one for all threads
+# of a process, and none that was opened before a fork.
+_open_lmdbs: dict[str, tuple[int, object]] = {}
+_opening = threading.Lock()
+
+
+def _environment(folder: str):
     import lmdb
 
-    return lmdb.open(folder, readonly=True, lock=False, readahead=False, max_spare_txns=32)
+    with _opening:
+        process, environment = _open_lmdbs.get(folder, (None, None))
+        if process != os.getpid():
+            if environment is not None:
+                environment.close()
+            environment = lmdb.open(folder, readonly=True, lock=False, readahead=False,
+                                    max_spare_txns=32)
+            _open_lmdbs[folder] = os.getpid(), environment
+    return environment
 
 
 class Lmdb:
@@ -54,14 +66,14 @@ class Lmdb:
             raise UsageError(f"data_dir is {str(path)!r}: an lmdb is read by a package that is not "
                              'here: pip install "robustdm[lmdb]"') from None
         try:
-            with _environment(self._folder, os.getpid()).begin() as transaction:
+            with _environment(self._folder).begin() as transaction:
                 keys = transaction.cursor().iternext(keys=True, values=False)
                 self.names = [key.decode("latin-1") for key in keys]
         except (lmdb.Error, OSError) as error:
             raise UsageError(f"{path}: not a readable lmdb: {_line(error)}") from None
 
     def _value(self, name: str, function):
-        with _environment(self._folder, os.getpid()).begin(buffers=True) as transaction:
+        with _environment(self._folder).begin(buffers=True) as transaction:
             value = transaction.get(name.encode("latin-1"))
             if value is None:
                 raise BadImage("the key is gone")

@@ -44,6 +44,7 @@ from robustdm.metrics import spread
 from robustdm.random import shuffled
 
 if TYPE_CHECKING:
+    from robustdm.data.streamed import Beginning
     from robustdm.training.config import TrainConfig
 
 _ARRAY_SUFFIXES = (".npy", ".npz")
@@ -198,9 +199,19 @@ def _data_path(config: TrainConfig) -> Path:
     return path
 
 
-def _load(config: TrainConfig, native: bool = False) -> tuple[Path, Tensor | Pictures]:
-    """Images as stored in an array or in CIFAR's files, or the list of picture files."""
+def open_images(config: TrainConfig) -> tuple[Path, Tensor | Pictures | Beginning]:
+    """What a configuration's path holds: images as stored in an array or in CIFAR's files, the list
+    of picture files, or the beginning of a stream.
+
+    Raises:
+        UsageError: if the files are missing or not what they should be.
+        RunError: if too many of them are broken.
+    """
     path = _data_path(config)
+    if config.stream:
+        from robustdm.data.streamed import Beginning
+
+        return path, Beginning.read(config)
     images = None
     if path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES:
         images = load_array(path)
@@ -209,37 +220,48 @@ def _load(config: TrainConfig, native: bool = False) -> tuple[Path, Tensor | Pic
         if images is None and config.data in EDITIONS and (path / "train").is_dir():
             path = path / "train"  # folders of CIFAR keep the test images beside
     if images is None:
-        return path, scan(open_pictures(path), config.max_bad, config.channels, config.crop)
+        images = scan(open_pictures(path), config.max_bad, config.channels, config.crop)
+    return path, images
+
+
+def _decoded(
+    config: TrainConfig, path: Path, images: Tensor | Pictures, native: bool = False
+) -> Tensor:
+    """The images of a configuration in one tensor; ``native``: square ones in their own size."""
+    if isinstance(images, Pictures):
+        return decode_all(images, config.resolution, config.max_bad)
     square = images.shape[2] == images.shape[3]
     resolution = None if native and square else config.resolution
-    return path, fit_array(images, resolution, path, config.channels, config.crop)
+    return fit_array(images, resolution, path, config.channels, config.crop)
 
 
-def image_data(config: TrainConfig) -> Data:
+def image_data(config: TrainConfig, opened: tuple | None = None) -> Data:
     """The image set of a configuration.
+
+    Args:
+        opened: what `open_images` gave, if it was called already.
 
     Raises:
         UsageError: if the files are missing or not what they should be.
         RunError: if too many of them are broken.
     """
-    common = dict(holdout=config.holdout, seed=config.seed)
+    path, images = open_images(config) if opened is None else opened
+    name = config.data if config.data != "images" else path.name
+    limit = config.resident_gib * 2**30
     if config.stream:
         from robustdm.data.streamed import StreamedImages
 
-        return StreamedImages.open(config)
-    path, loaded = _load(config)
-    name = config.data if config.data != "images" else path.name
-    limit = config.resident_gib * 2**30
-    if isinstance(loaded, Tensor):
-        corruption = corruption_of(config, loaded.shape[1])
-        return ImageTensor(name, loaded, corruption, resident=loaded.nbytes <= limit, **common)
-    corruption = corruption_of(config, loaded.channels)
-    size = len(loaded.names) * loaded.channels * config.resolution**2
-    if size > limit:
-        return ImageFiles(name, loaded, config.resolution, config.max_bad, corruption, **common)
-    images = decode_all(loaded, config.resolution, config.max_bad)
-    data = ImageTensor(name, images, corruption, **common)
-    data.quarantine, data.note = loaded.quarantine, loaded.note
+        return StreamedImages(name, images, config, corruption_of(config, images.pictures.channels))
+    common = dict(holdout=config.holdout, seed=config.seed)
+    if isinstance(images, Tensor):
+        images = _decoded(config, path, images)
+        corruption = corruption_of(config, images.shape[1])
+        return ImageTensor(name, images, corruption, resident=images.nbytes <= limit, **common)
+    corruption = corruption_of(config, images.channels)
+    if len(images.names) * images.channels * config.resolution**2 > limit:
+        return ImageFiles(name, images, config.resolution, config.max_bad, corruption, **common)
+    data = ImageTensor(name, _decoded(config, path, images), corruption, **common)
+    data.quarantine, data.note = images.quarantine, images.note
     return data
 
 
@@ -249,10 +271,9 @@ def images_for_subspace(config: TrainConfig) -> tuple[Tensor, list[tuple[str, st
     Arrays of square images keep their size in PCA coordinates, where the network never sees it;
     everything else has ``config.resolution``.
     """
-    _, loaded = _load(config, native=config.subspace_space == "pca")
-    if isinstance(loaded, Tensor):
-        return loaded, []
-    return decode_all(loaded, config.resolution, config.max_bad), loaded.quarantine
+    path, images = open_images(config)
+    decoded = _decoded(config, path, images, native=config.subspace_space == "pca")
+    return decoded, images.quarantine if isinstance(images, Pictures) else []
 
 
 def corruption_of(config: TrainConfig, channels: int) -> ItemCorruption:
@@ -281,17 +302,20 @@ def _outlier_images(config: TrainConfig, channels: int) -> Tensor:
     other = replace(config, data="images", data_dir=config.corrupt_with, channels=channels, crop=0,
                     corrupt_kind="gaussian", corrupt_with=None)
     try:
-        _, loaded = _load(other)
-        if isinstance(loaded, Tensor):
-            order = shuffled(0, 0, len(loaded))[:_MAX_OUTLIERS]
-            images = loaded[order.sort().values]
+        path, images = open_images(other)
+        if isinstance(images, Pictures):
+            images.names = [images.names[k] for k in _some(len(images.names))]
         else:
-            order = shuffled(0, 0, len(loaded.names))[:_MAX_OUTLIERS]
-            loaded.names = [loaded.names[k] for k in order.sort().values]
-            images = decode_all(loaded, config.resolution, config.max_bad)
+            images = images[_some(len(images))]
+        images = _decoded(other, path, images)
     except UsageError as error:
         raise UsageError(str(error).replace("data_dir is", "corrupt_with is")) from None
     if images.dtype != torch.uint8:
         raise UsageError(f"corrupt_with is {str(config.corrupt_with)!r}: it holds floats, save "
                          "the images as uint8")
     return images
+
+
+def _some(count: int) -> Tensor:
+    """At most `_MAX_OUTLIERS` of so many indices, drawn at random, in rising order."""
+    return shuffled(0, 0, count)[:_MAX_OUTLIERS].sort().values

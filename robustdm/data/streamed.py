@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,7 +22,6 @@ from robustdm.data.decode import quiet
 from robustdm.data.files import Collate, Decoded, Pictures, check_quarantine, scan
 from robustdm.data.images import (
     ImageTensor,
-    corruption_of,
     decode_in_workers,
     finish,
     host_part,
@@ -80,46 +81,27 @@ class _FillingCollate(Collate):
         return super().__call__(_filled(results))
 
 
-class StreamedImages(ImageTensor):
-    """A stream of images, item k being its row k.
+@dataclass
+class Beginning:
+    """The first rows of a stream, at most `HEAD`.
 
-    The first rows, at most `HEAD`, are decoded at the start. They are what indices stand for: what
-    is measured, shown and held out is of them. Training goes through all rows but those held out,
-    again and again in the order of the stream, in blocks of ``buffer`` rows that are shuffled each:
-    a pure function of the step, whatever the number of workers. To begin at a later step, the rows
-    of the present round before it are read and dropped.
+    Attributes:
+        source: the stream.
+        contents: the rows' picture files.
+        pictures: what their headers tell.
     """
 
-    def __init__(
-        self, name: str, source: HubStream, contents: list[bytes], pictures: Pictures,
-        resolution: int, buffer: int, max_bad: float, corruption: ItemCorruption | None,
-        holdout: float, seed: int,
-    ):
-        self._source, self._decoder = source, _RowDecoder(pictures, resolution)
-        self.buffer, self.max_bad, self.seed = buffer, max_bad, seed
-        with quiet(), ThreadPoolExecutor() as pool:
-            results = list(pool.map(self._decoder.__getitem__, enumerate(contents)))
-        decoded = _FillingCollate()(results)
-        if decoded.pixels is None:
-            raise UsageError(f"data_dir is {str(source.path)!r}: none of its first {len(contents)} "
-                             "images can be read")
-        super().__init__(name, decoded.pixels, corruption, holdout, seed, resident=False,
-                         fingerprint=sha256_of_files(contents))
-        # Not a random part: these rows are left out of every round.
-        self._held = len(self._rest)
-        self.members, self._rest = (
-            torch.arange(self._held, len(contents)), torch.arange(self._held))
-        self.note = pictures.note
-        self._seen = len(contents)
-        self._note_broken(decoded.broken)
+    source: HubStream
+    contents: list[bytes]
+    pictures: Pictures
 
     @classmethod
-    def open(cls, config: TrainConfig) -> StreamedImages:
+    def read(cls, config: TrainConfig) -> Beginning:
         """Read the beginning of the stream that a configuration names.
 
         Raises:
             UsageError: if there is no such stream, or no images in it.
-            RunError: if too many of its first images are broken.
+            RunError: if it cannot be read.
         """
         source = HubStream(config.data_dir)
         try:
@@ -128,11 +110,46 @@ class StreamedImages(ImageTensor):
             raise _failed(source.path, error) from error
         if not contents:
             raise UsageError(f"data_dir is {str(source.path)!r}: the stream is empty")
-        pictures = scan(_Rows(source.path, contents), 1.0, config.channels, config.crop)
-        return cls(
-            source.path.name, source, contents, pictures, config.resolution, config.shuffle_buffer,
-            config.max_bad, corruption_of(config, pictures.channels), config.holdout, config.seed,
-        )
+        rows = _Rows(source.path, contents)
+        return cls(source, contents, scan(rows, 1.0, config.channels, config.crop))
+
+
+class StreamedImages(ImageTensor):
+    """A stream of images, item k being its row k.
+
+    The first rows are decoded at the start. They are what indices stand for: what is measured,
+    shown and held out is of them. Training goes through all rows but those held out, again and
+    again in the order of the stream, in blocks of ``shuffle_buffer`` rows that are shuffled each: a
+    pure function of the step, whatever the number of workers. To begin at a later step, the rows of
+    the present round before it are read and dropped.
+
+    Raises:
+        UsageError: if none of the first rows can be read.
+        RunError: if too many of them are broken.
+    """
+
+    def __init__(
+        self, name: str, beginning: Beginning, config: TrainConfig,
+        corruption: ItemCorruption | None,
+    ):
+        source, contents = beginning.source, beginning.contents
+        self._source, self._decoder = source, _RowDecoder(beginning.pictures, config.resolution)
+        self.buffer, self.max_bad, self.seed = config.shuffle_buffer, config.max_bad, config.seed
+        with quiet(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(self._decoder.__getitem__, enumerate(contents)))
+        decoded = _FillingCollate()(results)
+        if decoded.pixels is None:
+            raise UsageError(f"data_dir is {str(source.path)!r}: none of its first {len(contents)} "
+                             "images can be read")
+        super().__init__(name, decoded.pixels, corruption, config.holdout, config.seed,
+                         resident=False, fingerprint=sha256_of_files(contents))
+        # Not a random part: these rows are left out of every round.
+        self._held = len(self._rest)
+        self.members = torch.arange(self._held, len(contents))
+        self._rest = torch.arange(self._held)
+        self.note = beginning.pictures.note
+        self._seen = len(contents)
+        self._note_broken(decoded.broken)
 
     def _note_broken(self, broken: list[tuple[str, str]]) -> None:
         self.quarantine.extend(entry for entry in broken if entry not in self.quarantine)
