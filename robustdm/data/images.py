@@ -156,7 +156,7 @@ def decode_in_workers(
     decoder: torch.utils.data.Dataset, order: Iterator[list], workers: int, collate: Collate,
     path: Path,
 ) -> Iterator[Decoded]:
-    """Batches of an endless order, decoded by worker processes (in this one if ``workers`` is 0).
+    """Batches of an order, decoded by worker processes (in this one if ``workers`` is 0).
 
     Raises:
         RunError: if reading fails for good.
@@ -170,8 +170,8 @@ def decode_in_workers(
     while True:
         try:
             decoded = next(batches)
-        except RunError:
-            raise
+        except StopIteration:
+            return
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"reading images of {path} failed: {reason}; --workers 0 reads them in "

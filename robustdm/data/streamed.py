@@ -180,11 +180,12 @@ class StreamedImages(ImageTensor):
                 items = decoded.positions
                 x = finish(decoded.pixels, items, self.corruption, torch.device(device))
                 yield x, items
+            raise reader.error
         finally:
             reader.stop()
 
     def _batches(self, reader: _Reader, order: Iterator[Tensor]) -> Iterator[list]:
-        """(item, picture file) of every sample of every step."""
+        """(item, picture file) of every sample of every step, until the reader fails."""
         number, block = -1, []
         for samples in order:
             rows = []
@@ -192,6 +193,8 @@ class StreamedImages(ImageTensor):
                 if sample // self.buffer != number:
                     number = sample // self.buffer
                     taken = reader.take(self.buffer)
+                    if reader.error is not None:
+                        return
                     block = [taken[k] for k in shuffled(self.seed, number, self.buffer)]
                 rows.append(block[sample % self.buffer])
             yield rows
@@ -230,14 +233,20 @@ def _failed(path: Path, error: Exception) -> RunError:
 
 
 class _Reader:
-    """Reads rows in a thread, up to one block ahead of what is taken."""
+    """Reads rows in a thread, up to one block ahead of what is taken.
+
+    Attributes:
+        error: why there are no more rows. Not raised where rows are taken: that is inside a
+            DataLoader, which would leave its workers behind, and what they have to deliver.
+    """
 
     def __init__(self, rows: Iterator[tuple[int, bytes]]):
+        self.error: RunError | None = None
         self._rows, self._stopped = rows, threading.Event()
         self._ready: queue.Queue | None = None
 
     def take(self, count: int) -> list[tuple[int, bytes]]:
-        """The next ``count`` rows."""
+        """The next ``count`` rows; fewer only with an error."""
         if self._ready is None:
             # Not before: worker processes are forked first, and a fork wants no threads.
             self._ready = queue.Queue(count)
@@ -245,8 +254,9 @@ class _Reader:
         taken = []
         while len(taken) < count:
             row = self._ready.get()
-            if isinstance(row, Exception):
-                raise row
+            if isinstance(row, RunError):
+                self.error = row
+                break
             taken.append(row)
         return taken
 
@@ -256,7 +266,7 @@ class _Reader:
                 self._put(row)
                 if self._stopped.is_set():
                     break
-        except Exception as error:
+        except RunError as error:
             self._put(error)
         finally:
             self._rows.close()
