@@ -118,6 +118,8 @@ def _open_hub(path: Path, streaming: bool):
     except Exception as error:  # a broken installation raises anything
         raise UsageError(f"data_dir is {str(path)!r}: the package datasets cannot be imported "
                          f'({_line(error)}): pip install "robustdm[data]"') from None
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # else a folder called parquet would be taken for a format
     try:
         data = datasets.load_dataset(name, *rest, split=split, streaming=streaming)
         features = data.features or {}

@@ -178,6 +178,8 @@ class _Session:
         self.first_step = trainer.step
         self.saved = self.started
         self.compile_s: float | None = None
+        self.waited = 0.0
+        self.logged = self.started
         self.line: tuple[Callable[[], dict], Tensor] | None = None
 
     def warn(self, text: str) -> None:
@@ -202,8 +204,11 @@ class _Session:
             stream = itertools.chain([first], stream)
         stopped = None
         self.progress.restart()
+        self.logged = time.monotonic()
         while trainer.step < config.steps and stopped is None:
+            begin = time.monotonic()
             x0, indices = next(stream)
+            self.waited += time.monotonic() - begin
             trainer.train_step(x0)
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
@@ -283,7 +288,9 @@ class _Session:
         """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
         self.line = trainer.close_window(), indices
-        self.extras: dict = {}
+        now = time.monotonic()
+        self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
+        self.waited = 0.0
         if (rate := self.progress.img_per_s) is not None:
             self.extras["img_per_s"] = rate
         if sampled or trainer.step == self.config.steps:
@@ -294,6 +301,7 @@ class _Session:
             with contextlib.suppress(_Interrupted):
                 samples = self._sample("ddim", self.config.preview_steps)
                 self.extras["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+        self.logged = time.monotonic()  # what samples take is not the data's
 
     def _write_line(self) -> None:
         if self.line is None:
