@@ -191,12 +191,15 @@ def test_lsun_lmdb_in_memory_and_streamed(tmp_path, workers):
     assert len(read_images(path, "reference")) == 40
 
 
-def test_bad_values_of_an_lmdb(tmp_path):
-    good = {b"%d" % k: png(IMAGES[k]) for k in range(3)}
-    bad = {b"\xff\n": b"", b"bomb": bomb(40_000, 36_000), b"length": b"3"}
+def test_bad_values_of_an_lmdb(tmp_path, monkeypatch):
+    monkeypatch.setattr(databases, "MAX_PACKED", 1000)
+    good = {b"%d" % k: png(IMAGES[k]) for k in range(4)}
+    bad = {b"\xff\n": b"", b"bomb": bomb(40_000, 36_000), b"length": b"3",
+           b"long": png(IMAGES[0]) + bytes(1000)}
     save_lmdb(tmp_path / "x", good | bad)
     data = load_data(config(tmp_path / "x", max_bad=0.5))
-    assert len(data) == 3 and len(data.quarantine) == 3
+    assert len(data) == 4 and len(data.quarantine) == 4
+    assert dict(data.quarantine)["long"] == "larger than 1000 bytes"
     (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(UsageError, match="not a readable lmdb"):
         load_data(config(tmp_path))
