@@ -495,11 +495,13 @@ def test_a_verdict_needs_an_interval_on_one_side_of_the_limit():
     assert low == pytest.approx(-4.303 / 3**0.5, rel=1e-3) and high == -low
     assert judge("x", [1.0, 1.1, 1.2], at_least=0.0).holds
     assert judge("x", [-1.0, 0.0, 1.0], at_least=0.0).holds is None
+    # Differences that all are positive may still be chance.
+    assert judge("x", [0.01, 0.5, 1.0], at_least=0.0).holds is None
 
 
 def test_a_ratio_and_its_inverse_are_judged_alike():
-    low, high = interval([0.2, 0.4, 0.5])
-    assert interval([5.0, 2.5, 2.0]) == pytest.approx((1 / high, 1 / low))
+    low, high = interval([0.2, 0.4, 0.5], ratio=True)
+    assert interval([5.0, 2.5, 2.0], ratio=True) == pytest.approx((1 / high, 1 / low))
 
 
 def test_noise_of_a_shrunk_network_at_equal_signal():
