@@ -368,7 +368,7 @@ def test_figures_2_and_6(tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "_DRAWN", 20)
     monkeypatch.setattr(invitro, "arms", lambda *a: [replace(x, **QUICK) for x in made(*a)])
     arms, claims, page = paper_study("fig2", tmp_path, monkeypatch)
-    assert len(arms) == 2 * (4 + 3) and page.count("<img") == 3
+    assert len(arms) == 2 * (4 + 7) and page.count("<img") == 3
     for arm in arms:
         if "shrunk" in arm["name"]:
             continue
