@@ -117,9 +117,12 @@ def test_frozen_parameters_get_no_gradient_state_or_update(tmp_path, precision, 
                                   if not is_frozen(k))
 
 
-def test_the_other_gradients_are_the_same(tmp_path):
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_other_gradients_are_the_same(tmp_path, backend):
+    """Behind frozen layers, too, where torch's own group norm would crash."""
     folder, _ = save(tmp_path / "pipe")
-    whole, part = (Trainer(tiny(tmp_path, folder, freeze=names)) for names in ((), FROZEN))
+    whole, part = (Trainer(tiny(tmp_path, folder, freeze=names, backend=backend))
+                   for names in ((), FROZEN))
     x0 = whole.data.batch(torch.arange(8))
     for trainer in (whole, part):
         trainer.gradients(x0, trainer._key(0), True)
@@ -128,10 +131,10 @@ def test_the_other_gradients_are_the_same(tmp_path):
             assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_step_leaves_them_out(tmp_path, precision):
-    folder, _ = save(tmp_path / "pipe")
-    config = tiny(tmp_path, folder, freeze=FROZEN, precision=precision)
+def test_a_compiled_step_leaves_them_out(tmp_path):
+    folder, _ = save(tmp_path / "pipe", make_unet(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)))
+    config = tiny(tmp_path, folder, freeze=FROZEN, precision="bf16", objective="robust_ran")
     eager, traced = Trainer(config), Trainer(config)
     traced.gradient_step.compile(aot_autograd(fw_compiler=lambda g, _: g))
     for trainer in (eager, traced):
@@ -139,7 +142,8 @@ def test_a_compiled_step_leaves_them_out(tmp_path, precision):
     assert traced.gradient_step.compiled
     for (name, p), q in zip(eager.model.named_parameters(), traced.model.parameters(),
                             strict=True):
-        assert torch.allclose(p, q, atol=1e-4 if precision == "bf16" else 1e-6), name
+        assert torch.equal(p, q) or not is_frozen(name), name
+        assert torch.allclose(p, q, atol=3e-4), name  # a step of Adam is 1e-4, whatever its sign
 
 
 def test_stopped_and_continued(tmp_path, capsys):
@@ -168,7 +172,8 @@ def test_the_plan_says_how_much_is_trained(tmp_path, capsys):
     argv = ["--init-from", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]
     assert main([*argv, "--freeze", *FROZEN]) == 0
     assert f"M parameters, {count:,} of them trained" in capsys.readouterr().out
-    assert "starts with" not in fails([*argv, "--freeze", "mid_block.*", "conv_im.*"], capsys)
+    assert "freeze has 'conv_im.*'" in fails([*argv, "--freeze", "mid_block.*", "conv_im.*"],
+                                             capsys)
 
 
 @pytest.mark.parametrize("patterns, expected", [
@@ -196,8 +201,9 @@ def test_the_memory_of_frozen_parameters(tmp_path):
     kept = sum(size for name, size in sizes.items() if name.startswith("layers."))
     for precision, copies in (("fp32", 0), ("bf16", 0.5)):
         part, whole = (
-            estimate_bytes(TrainConfig(**values, precision=precision, freeze=names), (3,))["weights"]
+            estimate_bytes(TrainConfig(**values, precision=precision, freeze=names), (3,))
             for names in (("layers.*",), ()))
+        part, whole = part["weights"], whole["weights"]
         # Gradients and moments, and the gradients in bfloat16.
         assert whole - part == pytest.approx((3 + copies) * kept, abs=2)
         assert whole == pytest.approx((6 + 2 * copies) * sum(sizes.values()), abs=2)
