@@ -40,7 +40,7 @@ EQUAL_WORK = "DDPM, equal work"
 # Fields at the value at which they do nothing: left out of keys, which they would only change.
 _IDLE = {"crop": 0, "channels": None, "stream": False, "shuffle_buffer": 4096,
          "corrupt_kind": "gaussian", "corrupt_pixels": 0.1, "corrupt_quality": 10,
-         "corrupt_with": None}
+         "corrupt_with": None, "freeze": ()}
 ADV_UNITS, DDPM_UNITS = 8, 3
 """Work of a step in forward passes; see ``Objective.units``."""
 

@@ -27,7 +27,7 @@ class TrainConfig:
 
     preset: str = "digits"
     """Named set of defaults, which any flag overrides: digits, plane, gaussians, subspace, cifar10,
-    cifar10-iddpm, celeba64, imagenet64, lsun256, folder."""
+    cifar10-iddpm, celeba64, imagenet64, lsun256, folder; finetune, with --init-from."""
     config: Path | None = None
     """YAML file of fields; it overrides the preset, and flags override it."""
 
@@ -131,6 +131,8 @@ class TrainConfig:
     t * 1000 / timesteps, as is the default there, and not t."""
     allow_pickle: bool = False
     """init_from: read pickle files (.pt, .bin) too; tensors only, no code is run."""
+    freeze: tuple[str, ...] = ()
+    """Names of parameters that stay as they are, with * and ?: down_blocks.* time_embedding.*"""
     pretrained: Annotated[dict | None, tyro.conf.Suppress] = None
     """What init_from led to: source, sha256, arguments of the UNet, schedule. Not set by hand."""
 
@@ -231,7 +233,8 @@ class TrainConfig:
     """Check everything, print the plan and the memory estimate, and stop."""
 
     def __post_init__(self):
-        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range"):
+        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range",
+                     "freeze"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("data_dir", "corrupt_with", "out", "config"):
             value = getattr(self, name)
@@ -343,6 +346,11 @@ PRESETS: dict[str, dict] = {
                    steps=20_000, warmup_steps=500, ema_rates=(0.999,),
                    sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True,
                    final_steps=100),
+    # Robust fine-tuning of a model named by --init-from, on noisy pictures. docs/pretrained.md says
+    # why these values.
+    "finetune": dict(data="images", corrupt_fraction=0.0, lr=2e-5, warmup_steps=500,
+                     batch_size=128, steps=10_000, ema_rates=(0.999,), sample_every=1000,
+                     checkpoint_every=1000, log_every=50, final_steps=100),
 }
 
 

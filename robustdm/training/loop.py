@@ -139,6 +139,7 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
             config,
             data=trainer.data.identity(),
             parameters=trainer.parameters,
+            trained=trainer.trained,
             memory_estimate=estimate,
         )
         with Progress(
@@ -444,9 +445,10 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
            for key, value in estimate.items()}
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
+    trained = f", {trainer.trained:,} of them trained" if config.freeze else ""
     lines = (
         f"data       {trainer.data.describe()}",
-        f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters",
+        f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters{trained}",
         f"objective  {config.objective}, lambda {config.lam} ({config.lambda_mode}), "
         f"{trainer.schedule.name} schedule",
         f"training   {config.steps} steps of {config.batch_size} items{pieces}, "
