@@ -403,6 +403,8 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
             made = of[finetune.row(way, share)]
             work = approximations.units(made.config) * made.config.steps
             assert work == pytest.approx(share * budget, abs=8) and made.start == of["DDPM"].config
+            slower = 1.0 if way == finetune.AS_BEFORE else 0.2
+            assert made.config.lr == pytest.approx(slower * of["DDPM"].config.lr)
         both = of[finetune.row(finetune.SAME_TOTAL, share)]
         assert both.start is None
         assert both.config.steps * 8 == pytest.approx(400 * 3 + share * budget, abs=8)
@@ -427,9 +429,9 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "SHARES", (0.2, 0.5))
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 4 + 2 * 6 + 2 and page.count("<img") == 1
+    assert len(rows) == 4 + 2 * 7 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * 2 * 4 + 2
+    assert len(claims) == 2 * 2 * 5 + 2
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):

@@ -28,13 +28,17 @@ SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"
 SAME_TOTAL = "robust_adv from scratch, same total cost"
 CONTINUED = "DDPM continued"
+AS_BEFORE = "robust_adv, learning rate as before"
 WAYS = {
     CONTINUED: METHODS["DDPM"],
     "robust_adv": METHODS["robust_adv"],
     "outward_ran": dict(objective="outward_ran", lambda_mode="ray"),
     "robust_ran": METHODS["robust_ran"],
     "robust_adv, reg_fraction 0.25": METHODS["robust_adv"] | dict(reg_fraction=0.25),
+    AS_BEFORE: METHODS["robust_adv"],
 }
+SLOWER = 0.2
+"""Learning rate of fine-tuning over that of the first training, but for ``AS_BEFORE``."""
 NEAR = 1.1
 """Noise of this many times that of training from scratch, and signal of the inverse, are near."""
 
@@ -56,7 +60,9 @@ def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
                  *(a for a in baseline_arms(plain, 0.0) if "shrunk" in a.name)]
         for share in SHARES:
             for way, fields in WAYS.items():
-                tuned = scale.arm(group, row(way, share), fields | corrupted(sigma), seed)
+                rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
+                tuned = scale.arm(group, row(way, share), fields | corrupted(sigma) | dict(lr=rate),
+                                  seed)
                 made.append(_lasting(tuned, share * budget, plain.config))
             both = dataclasses.replace(whole, name=row(SAME_TOTAL, share))
             made.append(_lasting(both, spent + share * budget, None))
@@ -120,8 +126,8 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
             "from counts as given, but for the rows of the same total cost.",
             *answers,
             "Fine-tuning restarts Adam and the average of the weights; the average's decay rises "
-            "from 0.1, so that a short run does not return the old weights. Learning rate of the "
-            "first training, warm-up a tenth of the steps.",
+            "from 0.1, so that a short run does not return the old weights. A fifth of the first "
+            f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps.",
         ), {"finetune": (_figure(scale, group, rows), "Lines: shares of the budget.")}
         | sheet(scale, todo))
 
@@ -141,7 +147,8 @@ def _first(shares: Sequence[float]) -> str:
 def _figure(scale: Scale, group: str, rows: dict):
     made, axes = plots.figure(1, 2, size=(4.8, 3.8))
     for ax, measure in zip(axes[0], (scale.noise, scale.kept), strict=True):
-        for colour, way in zip(plots.COLOURS, (*WAYS, SAME_TOTAL), strict=False):
+        for i, way in enumerate((*WAYS, SAME_TOTAL)):
+            colour = plots.INK if way == SAME_TOTAL else plots.COLOURS[i]
             found = [rows[row(way, share)] for share in SHARES]
             ax.errorbar([100 * share for share in SHARES], [r[measure].mean for r in found],
                         [r[measure].sd for r in found], color=colour, marker="o", markersize=3,
