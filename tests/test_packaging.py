@@ -74,7 +74,7 @@ LAYERS = {
     "errors": (), "random": ("errors",), "schedule": ("errors",),
     "perturbation": ("errors", "schedule"),
     "network": ("errors",), "device": (),
-    "reference": ("random",), "resident": ("reference",), "native": ("errors", "reference"),
+    "reference": ("random", "device"), "resident": ("reference",), "native": ("errors", "reference"),
     "arguments": ("errors", "reference"),
     "ops": ("errors", "arguments", "reference", "native", "random"),
     "kernels": (),
@@ -89,7 +89,7 @@ LAYERS = {
     "data": ("errors", "random", "metrics", "device", "resident", "training.config",
              "data"),
     "dropout": (),
-    "models": ("errors", "models", "ops", "dropout", "training.config"),
+    "models": ("errors", "device", "models", "ops", "dropout", "training.config"),
 }
 ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise",
                 "steps", "convert")
@@ -163,7 +163,7 @@ def test_documents_name_only_what_exists(name):
                 fields.__dataclass_fields__), f"{module} --{flag}"
         if module == "reproduce" and re.match(r" [a-z]", rest):
             assert rest.split()[0] in entry.STUDIES, rest
-    for preset in re.findall(r"--preset (\S+)", text):
+    for preset in re.findall(r"--preset ([\w-]+)", text):
         assert preset in PRESETS or "|" in preset, preset
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / name).parent / target).exists(), target
