@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from test_pretrained import TINY, make_unet, predict, quiet, save, tiny
+from test_pretrained import TINY, predict, quiet, save, tiny
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
