@@ -431,7 +431,7 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     rows = {r["name"] for r in arms}
     assert len(rows) == 4 + 2 * 7 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * 2 * 5 + 2
+    assert len(claims) == 2 * 2 * 5 + 2 + 2 and "23.3" in page
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):
