@@ -99,6 +99,10 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         )
 
     config = parse(base)
+    if config.preset == "finetune" and config.init_from is None:
+        raise UsageError("preset is 'finetune': name the model to start from with --init-from, a "
+                         "diffusers directory, a name on the Hub, a run or an improved-diffusion "
+                         ".pt")
     if config.init_from is None or config.resume:
         return config
     from robustdm.pretrained import check_settled, settle

@@ -32,6 +32,17 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+def normalisable(x: Tensor, weight: Tensor | None) -> Tensor:
+    """``x`` for `torch.nn.functional.group_norm`, made contiguous where torch would crash.
+
+    Its gradient on CPUs writes to memory that it does not have (2.13: a segmentation fault) when a
+    channels-last input wants no gradient but the weight does, as behind frozen layers.
+    """
+    behind_frozen = (weight is not None and weight.requires_grad and not x.requires_grad
+                     and torch.is_grad_enabled())
+    return x.contiguous() if behind_frozen and x.device.type == "cpu" else x
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the host memory it frees, for the next tensor of that size.
 

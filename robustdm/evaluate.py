@@ -134,7 +134,7 @@ def evaluate(config: EvaluateConfig) -> dict:
                          "give --run or --pipeline")
     corruption = getattr(getattr(generator, "data", None), "corruption", None)
     baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
-                          corruption and corruption.sigma)
+                          getattr(corruption, "sigma", None))
     shape = tuple(samples.shape[1:]) if generator is None else generator.shape
     extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
     cache = cache_directory()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ from typing import Literal
 from robustdm.cli import guard
 from robustdm.errors import UsageError
 
-THRESHOLDS = (0.9, 0.95)
 PAIRS = 16
 
 
@@ -91,7 +90,7 @@ def memorise(config: MemoriseConfig) -> dict:
     from robustdm.baselines import blur
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory, load_extractor
-    from robustdm.metrics import nearest
+    from robustdm.metrics import nearest, nearness
     from robustdm.tables import text_table
     from robustdm.training.progress import sampling_progress
     from robustdm.training.rundir import provenance
@@ -163,38 +162,6 @@ def memorise(config: MemoriseConfig) -> dict:
     return record
 
 
-def nearness(similarity) -> dict[str, float]:
-    """Measures of how near samples are to single training images.
-
-    Args:
-        similarity: (N,) cosine similarity of each to its nearest training image.
-    """
-    return {
-        "mean": similarity.mean().item(),
-        **{f"share >= {t:g}": (similarity >= t).double().mean().item() for t in THRESHOLDS},
-        "1st percentile": similarity.quantile(0.01).item(),
-        "99th percentile": similarity.quantile(0.99).item(),
-    }
-
-
-def histogram(similarities: Mapping, title: str):
-    """Figure of similarities, name -> (N,), with the first threshold."""
-    import numpy as np
-
-    from robustdm import plots
-
-    made, axes = plots.figure(1, 1, size=(6.0, 3.6))
-    edges = np.linspace(min(0.85, *(float(s.min()) for s in similarities.values())), 1, 60)
-    for colour, (name, s) in zip(plots.COLOURS, similarities.items(), strict=False):
-        axes[0, 0].hist(s.numpy(), bins=edges, density=True, histtype="step", color=colour,
-                        label=name)
-    axes[0, 0].axvline(THRESHOLDS[0], color=plots.INK, linestyle=":", linewidth=1)
-    axes[0, 0].set(xlabel="cosine similarity to the nearest training image", ylabel="density",
-                   title=title)
-    axes[0, 0].legend(fontsize=7)
-    return made
-
-
 def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
     import torch
 
@@ -206,7 +173,8 @@ def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
-    made = histogram({name: s for name, (s, _) in found.items()}, f"{extractor.name} features")
+    similarities = {name: s for name, (s, _) in found.items()}
+    made = plots.similarities(similarities, f"{extractor.name} features")
     plots.save(made, out / "memorise.png")
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     similarity, index = found["samples"]

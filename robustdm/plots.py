@@ -17,6 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from robustdm.perturbation import Perturbation
     from robustdm.schedule import NoiseSchedule
@@ -355,3 +356,23 @@ def _finish(ax: Axes, title: str, xlabel: str, legend: bool = False) -> None:
     ax.grid(True)
     if legend:
         ax.legend(frameon=False, labelcolor=INK, fontsize=8, handlelength=1.4)
+
+
+def similarities(found: Mapping[str, Tensor], title: str) -> Figure:
+    """Histograms of similarities to the nearest training image, with the first threshold.
+
+    Args:
+        found: name -> (N,) similarities.
+    """
+    from robustdm.metrics.neighbours import THRESHOLDS
+
+    made, axes = figure(1, 1, size=(6.0, 3.6))
+    edges = np.linspace(min(0.85, *(float(s.min()) for s in found.values())), 1, 60)
+    for colour, (name, s) in zip(COLOURS, found.items(), strict=False):
+        axes[0, 0].hist(s.numpy(), bins=edges, density=True, histtype="step", color=colour,
+                        label=name)
+    axes[0, 0].axvline(THRESHOLDS[0], color=INK, linestyle=":", linewidth=1)
+    axes[0, 0].set(xlabel="cosine similarity to the nearest training image", ylabel="density",
+                   title=title)
+    axes[0, 0].legend(fontsize=7)
+    return made

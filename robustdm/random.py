@@ -46,7 +46,8 @@ class Stream(IntEnum):
     DROPOUT = 3  # per (micro-)batch, index = first sample: words 0, 1 -> seed of the generator
     ORDER = 4  # key (seed, epoch), per data item: words 0, 1 -> sort key of the shuffle
     FLIP = 5  # per sample of a training step: word 0 -> horizontal flip
-    CORRUPT_CHOICE = 6  # key (seed, 0), per data item: word 0 -> corrupted or not
+    # key (seed, 0), per data item: word 0 -> corrupted or not; word 1 -> by which outlier
+    CORRUPT_CHOICE = 6
     CORRUPT_NOISE = 7  # key (seed, 0), per element of the data set: words 0, 1 -> z
     SYNTHETIC = 8  # key (seed, 0), per element of a synthetic data set
     SAMPLER_INIT = 9  # key (seed, 0), per element of the generated samples: x_T
@@ -56,6 +57,7 @@ class Stream(IntEnum):
     # + 256 * n, key (seed, timestep), per element of the generated samples: n = 0 is the attack's
     # start (words 0, 1) and random sign (word 2), n > 0 the n-th noise of an expectation.
     ATTACK = 13
+    CORRUPT_PIXEL = 14  # key (seed, 0), per pixel of the data set: word 0 -> hit; word 1 -> colour
 
 
 def check_word(name: str, value: int) -> int:

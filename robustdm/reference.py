@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustdm import random
+from robustdm.device import normalisable
 from robustdm.random import Stream
 
 INVERSE_SQRT3 = 3**-0.5
@@ -273,7 +274,7 @@ def group_norm_act(
         v = v + spread(add)
     v = v.to(x.dtype)
     wide_or_none = (None if p is None else p.to(work) for p in (weight, bias))
-    u = F.group_norm(v.to(work), groups, *wide_or_none, tiny)
+    u = F.group_norm(normalisable(v.to(work), weight), groups, *wide_or_none, tiny)
     if scale is not None:
         u = u * (1 + spread(scale)) + spread(shift)
     if silu:

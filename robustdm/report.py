@@ -104,8 +104,9 @@ def _header(run: Run) -> str:
         if config.data in ("plane", "gaussians"):
             line.append(f"{config.point_noise} noise, level {config.point_noise_level:g}")
         else:
-            line.append(f"{config.corrupt_fraction:.0%} corrupted with sigma "
-                        f"{config.corrupt_sigma:g}")
+            how = f"with sigma {config.corrupt_sigma:g}" if config.corrupt_kind == "gaussian" else (
+                f"({config.corrupt_kind.replace('_', ' and ')})")
+            line.append(f"{config.corrupt_fraction:.0%} corrupted {how}")
         if config.objective not in PLAIN_OBJECTIVES:
             line.append(f"lambda {config.lam:g}, mode {config.lambda_mode}")
         line.append(f"seed {config.seed}")

@@ -111,7 +111,8 @@ def generate(config: SampleConfig) -> Path:
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
                     batch_size=config.batch_size)
-    known = run.config.corrupt_sigma if run.is_image and run.config.corrupt_fraction else None
+    noisy = run.is_image and run.config.corrupt_fraction and run.config.corrupt_kind == "gaussian"
+    known = run.config.corrupt_sigma if noisy else None
     baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape, known)
     if baseline is not None:
         settings["stop"] = baseline.stop

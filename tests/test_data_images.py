@@ -187,7 +187,7 @@ def test_exif_orientation_is_undone():
 def test_16_bit_greys_keep_their_brightness(kind):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     file = as_file(Image.fromarray(values), kind)
-    assert read_header(file) == Header(grey=True, alpha=False)
+    assert read_header(file) == Header(grey=True, alpha=False, size=(8, 8))
     file.seek(0)
     assert np.abs(decode(file, 1, 8)[0] - values / 257.0).max() <= 0.5
 
@@ -214,7 +214,7 @@ def test_palettes_cmyk_and_transparency():
     assert read_header(file).alpha
     assert (decode(file, 3, 8) == 255).all()
     half = Image.new("LA", (8, 8), (0, 0))
-    assert read_header(as_file(half)) == Header(grey=True, alpha=True)
+    assert read_header(as_file(half)) == Header(grey=True, alpha=True, size=(8, 8))
     assert (decode(as_file(half), 1, 8) == 255).all()
     assert (decode(as_file(half), 4, 8)[3] == 0).all()
     assert read_header(as_file(red.convert("1"))).grey
@@ -369,7 +369,7 @@ GREY = np.zeros((4, SIDE, SIDE))
     (np.zeros((4, 3, 8, 3), np.uint8), "cannot be told"),
     (np.array([np.zeros((8, 8)), np.zeros((4, 4))], dtype=object), "mixed shapes"),
     (GREY.astype(np.float32)[:, :4, :4] + np.linspace(0, 1, 4, dtype=np.float32),
-     "float images of 4x4 are not resized"),
+     "float images of 4x4, channels 1, are not brought to 8x8"),
 ])
 def test_doubtful_arrays_are_refused(tmp_path, array, message):
     for name, save in (("x.npy", np.save), ("x.npz", lambda p, a: np.savez(p, images=a))):

@@ -28,6 +28,7 @@ from robustdm.studies import (
     invitro,
     lambda_mode,
     memorisation,
+    runner,
     scales,
     subspace,
 )
@@ -120,6 +121,35 @@ def test_a_study_end_to_end_and_again(tmp_path, capsys, monkeypatch):
     arms = read_arms(tmp_path / "subspace" / "results.json", "compare")
     assert all(TrainConfig.from_dict(arm["config"], "x").num_points == 5000 for arm in arms)
     assert {arm["config"]["objective"] for arm in arms} > {"ddpm", "robust_adv"}
+
+
+def test_arms_of_another_revision_are_named_and_set_aside(tmp_path, capsys, monkeypatch):
+    arms = subspace.arms
+    monkeypatch.setattr(subspace, "arms", lambda *a: [replace(arm, **QUICK) for arm in arms(*a)])
+    command = ["subspace", "--seeds", "1", "--steps", "1", "--jobs", "1",
+               "--out", str(tmp_path / "subspace")]
+    assert main(command) == 0
+    monkeypatch.setattr(runner, "git_revision", lambda: "f" * 40)
+    assert main(command) == 0
+    assert "another revision of the code" in capsys.readouterr().out
+    assert main([*command, "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert "is moved to" in said and "done already" not in said
+    assert "another revision of" not in said
+    assert (tmp_path / "arms.1").is_dir(), "nothing is lost"
+
+
+def test_another_file_in_the_same_place_is_another_arm(arm, tmp_path):
+    path = tmp_path / "w.th"
+    path.write_text("one")
+    first = replace(arm, weights=path).key
+    assert replace(arm, weights=path).key == first
+    path.write_text("other")
+    assert replace(arm, weights=path).key != first
+    of_data = replace(arm, config=replace(arm.config, data_dir=path))
+    first = of_data.training_key
+    path.write_text("a third")
+    assert of_data.training_key != first
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
@@ -338,7 +368,7 @@ def test_figures_2_and_6(tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "_DRAWN", 20)
     monkeypatch.setattr(invitro, "arms", lambda *a: [replace(x, **QUICK) for x in made(*a)])
     arms, claims, page = paper_study("fig2", tmp_path, monkeypatch)
-    assert len(arms) == 2 * (4 + 3) and page.count("<img") == 3
+    assert len(arms) == 2 * (4 + 7) and page.count("<img") == 3
     for arm in arms:
         if "shrunk" in arm["name"]:
             continue
@@ -373,6 +403,8 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
             made = of[finetune.row(way, share)]
             work = approximations.units(made.config) * made.config.steps
             assert work == pytest.approx(share * budget, abs=8) and made.start == of["DDPM"].config
+            slower = 1.0 if way == finetune.AS_BEFORE else 0.2
+            assert made.config.lr == pytest.approx(slower * of["DDPM"].config.lr)
         both = of[finetune.row(finetune.SAME_TOTAL, share)]
         assert both.start is None
         assert both.config.steps * 8 == pytest.approx(400 * 3 + share * budget, abs=8)
@@ -397,9 +429,9 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "SHARES", (0.2, 0.5))
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 4 + 2 * 6 + 2 and page.count("<img") == 1
+    assert len(rows) == 4 + 2 * 7 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * 2 * 4 + 2
+    assert len(claims) == 2 * 2 * 5 + 2 + 2 and "23.3" in page
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):
@@ -466,11 +498,13 @@ def test_a_verdict_needs_an_interval_on_one_side_of_the_limit():
     assert low == pytest.approx(-4.303 / 3**0.5, rel=1e-3) and high == -low
     assert judge("x", [1.0, 1.1, 1.2], at_least=0.0).holds
     assert judge("x", [-1.0, 0.0, 1.0], at_least=0.0).holds is None
+    # Differences that all are positive may still be chance.
+    assert judge("x", [0.01, 0.5, 1.0], at_least=0.0).holds is None
 
 
 def test_a_ratio_and_its_inverse_are_judged_alike():
-    low, high = interval([0.2, 0.4, 0.5])
-    assert interval([5.0, 2.5, 2.0]) == pytest.approx((1 / high, 1 / low))
+    low, high = interval([0.2, 0.4, 0.5], ratio=True)
+    assert interval([5.0, 2.5, 2.0], ratio=True) == pytest.approx((1 / high, 1 / low))
 
 
 def test_noise_of_a_shrunk_network_at_equal_signal():

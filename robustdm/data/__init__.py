@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.base import Data, TensorData
-from robustdm.data.corruption import Corruption
+from robustdm.data.corruption import Corruption, ItemCorruption
 from robustdm.data.digits import DigitsData, load_digits
 from robustdm.data.points import GaussiansData, PlaneData, PointData
 from robustdm.data.subspace import SubspaceData, principal_components
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from robustdm.training.config import TrainConfig
 
 __all__ = [
-    "Corruption", "Data", "DigitsData", "GaussiansData", "PlaneData", "PointData", "SubspaceData",
-    "TensorData", "batches", "load_data",
+    "Corruption", "Data", "DigitsData", "GaussiansData", "ItemCorruption", "PlaneData", "PointData",
+    "SubspaceData", "TensorData", "batches", "load_data",
 ]
 
 # Images that a subspace is fitted to: more cost minutes and change no component that matters.
@@ -33,8 +33,8 @@ _MAX_PCA = 2048
 def load_data(config: TrainConfig) -> Data:
     """Build the training set that a configuration names.
 
-    The corruption (``corrupt_fraction``, ``corrupt_sigma``) applies to images and subspace data;
-    the 3-D sets have ``point_noise`` instead.
+    The corruption (``corrupt_...``) applies to images, its Gaussian kind to subspace data too; the
+    3-D sets have ``point_noise`` instead.
 
     Raises:
         UsageError: if the data are missing, empty, or not what the configuration says.
@@ -45,22 +45,30 @@ def load_data(config: TrainConfig) -> Data:
             f"data_dir is {str(config.data_dir)!r}: {config.data} needs none; use --data images "
             "for pictures of your own"
         )
+    if config.stream and not (config.data == "images" and str(config.data_dir).startswith("hf:")):
+        raise UsageError("stream is True: only --data images --data-dir hf:NAME is a stream; what "
+                         "is larger than --resident-gib is read from disk while training anyway")
     common = dict(holdout=config.holdout, seed=config.seed)
-    corruption = Corruption(config.corrupt_fraction, config.corrupt_sigma, config.seed)
+    if config.data in ("plane", "gaussians", "subspace") and config.corrupt_kind != "gaussian":
+        raise UsageError(f"corrupt_kind is {config.corrupt_kind!r}: {config.data} has no images to "
+                         "spoil in that way, use gaussian")
     if config.data == "digits":
         if config.resolution != 8:
             raise UsageError(f"resolution is {config.resolution}: the digits are 8x8, set it to 8")
-        data = DigitsData(corruption, **common)
+        from robustdm.data.images import corruption_of
+
+        data = DigitsData(corruption_of(config, channels=1), **common)
     elif config.data in ("plane", "gaussians"):
         kind = PlaneData if config.data == "plane" else GaussiansData
         data = kind(config.data, config.point_noise, config.point_noise_level,
                     config.num_points, **common)
     elif config.data == "subspace":
+        corruption = Corruption(config.corrupt_fraction, config.corrupt_sigma, config.seed)
         data = _subspace(config, corruption)
     else:
         from robustdm.data.images import image_data
 
-        data = image_data(config, corruption)
+        data = image_data(config)
     if config.flip and not data.is_image:
         raise UsageError(f"flip is True: {config.data} has no images to flip, leave it out")
     return data
@@ -94,24 +102,6 @@ def _subspace(config: TrainConfig, corruption: Corruption) -> SubspaceData:
     return data
 
 
-def _order(size: int, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
-    """Indices (batch_size,) of every step from ``step`` on: sample k of the run is item k modulo
-    ``size`` of the permutation of epoch k // size.
-    """
-    epoch, permutation = -1, torch.empty(0)
-    while True:
-        pieces, k, end = [], step * batch_size, (step + 1) * batch_size
-        while k < end:
-            if k // size != epoch:
-                epoch = k // size
-                permutation = shuffled(seed, epoch, size)
-            piece = permutation[k % size : k % size + end - k]
-            pieces.append(piece)
-            k += len(piece)
-        yield torch.cat(pieces)
-        step += 1
-
-
 def batches(
     data: Data, config: TrainConfig, start_step: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
@@ -122,7 +112,7 @@ def batches(
         indices (batch_size,) int64 on the host. A streamed image that cannot be read is replaced by
         the next one, in both.
     """
-    order = _order(len(data), config.batch_size, config.seed, start_step)
+    order = data.order(config.batch_size, config.seed, start_step)
     for step, (x, indices) in enumerate(data.stream(order, device, config.workers), start_step):
         if isinstance(x, ResidentBatch):
             x = replace(x, flip=config.flip)

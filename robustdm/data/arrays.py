@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robustdm.data.decode import fit
+from robustdm.data.decode import convert, fit
 from robustdm.errors import UsageError
 
 _CHANNELS = (1, 3, 4)
@@ -98,22 +98,35 @@ def _checked(array: np.ndarray, path: Path) -> Tensor:
     return torch.from_numpy(values)
 
 
-def resize_array(images: Tensor, resolution: int, path: Path) -> Tensor:
-    """Images (N, C, H, W) in the wanted size, scaled and centre-cropped like picture files.
+def fit_array(
+    images: Tensor, resolution: int | None, path: Path, channels: int | None = None, crop: int = 0
+) -> Tensor:
+    """Images (N, C, H, W) in the wanted form, cut, scaled and converted like picture files.
+
+    Args:
+        resolution: side in pixels; None leaves the size as it is.
+        channels: 1, 3 or 4; None leaves them as they are.
+        crop: side of the square to cut out first, 0 for the largest.
 
     Raises:
-        UsageError: for float images of another size, which would have to be rounded.
+        UsageError: for float images, which would have to be rounded, and too small ones.
     """
-    height, width = images.shape[2:]
-    if height == width == resolution:
+    now, height, width = images.shape[1:]
+    resolution = min(crop or height, height, width) if resolution is None else resolution
+    if min(height, width) < crop:
+        raise UsageError(f"crop is {crop}: the images of {path} are {height}x{width}; leave it out")
+    if height == width == resolution and channels in (None, now) and crop in (0, height):
         return images
+    channels = channels or now
     if images.dtype != torch.uint8:
         raise UsageError(
-            f"{path}: float images of {height}x{width} are not resized to {resolution}: set "
-            "--resolution, or save them as uint8"
+            f"{path}: float images of {height}x{width}, channels {now}, are not brought to "
+            f"{resolution}x{resolution}, channels {channels}: set --resolution and --channels to "
+            "what they have, or save them as uint8"
         )
-    result = torch.empty(len(images), images.shape[1], resolution, resolution, dtype=torch.uint8)
+    result = torch.empty(len(images), channels, resolution, resolution, dtype=torch.uint8)
     for k, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        result[k] = torch.from_numpy(fit(picture, resolution).copy())
+        pixels = fit(convert(picture, channels), resolution, crop)
+        result[k] = torch.from_numpy(pixels.copy())
     return result

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from robustdm.data.corruption import Corruption
+from robustdm.data.corruption import Corruption, ItemCorruption
 from robustdm.device import to_device
 from robustdm.metrics import noise_level
 from robustdm.random import WORD, shuffled
@@ -18,6 +18,8 @@ from robustdm.resident import ResidentBatch
 
 # Sets up to this many elements (16 MiB as float32) are corrupted once instead of in every batch.
 _PRECOMPUTE_ELEMENTS = 4 * 2**20
+# Items corrupted at a time where a whole set is.
+_CHUNK = 1024
 # Sets smaller than this have no held-out part: one item of theirs says nothing.
 _SMALLEST_SPLIT = 20
 
@@ -56,7 +58,7 @@ class Data:
     note = ""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], total: int, corruption: Corruption | None,
+        self, name: str, shape: tuple[int, ...], total: int, corruption: ItemCorruption | None,
         holdout: float, seed: int,
     ):
         self.name = name
@@ -86,6 +88,24 @@ class Data:
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32: the training data, corruption included."""
         raise NotImplementedError
+
+    def order(self, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
+        """Indices (batch_size,) of every step from ``step`` on: sample k of the run is item k
+        modulo the size of the set, of the permutation of epoch k // size.
+        """
+        size = len(self)
+        epoch, permutation = -1, torch.empty(0)
+        while True:
+            pieces, k, end = [], step * batch_size, (step + 1) * batch_size
+            while k < end:
+                if k // size != epoch:
+                    epoch = k // size
+                    permutation = shuffled(seed, epoch, size)
+                piece = permutation[k % size : k % size + end - k]
+                pieces.append(piece)
+                k += len(piece)
+            yield torch.cat(pieces)
+            step += 1
 
     def stream(
         self, order: Iterator[Tensor], device: torch.device | str, workers: int
@@ -138,9 +158,7 @@ class Data:
         return text
 
     def _noise_text(self) -> str:
-        if not self.corruption:
-            return "not corrupted"
-        return f"{self.corruption.fraction:.0%} corrupted with sigma {self.corruption.sigma:g}"
+        return self.corruption.describe() if self.corruption else "not corrupted"
 
     def identity(self) -> dict:
         """What decides the training data, JSON-able; compared when a run is resumed."""
@@ -150,7 +168,7 @@ class Data:
             "heldout": len(self._rest),
             "shape": list(self.shape),
             "sha256": self._fingerprint(),
-            "corruption": asdict(self.corruption) if self.corruption else None,
+            "corruption": self.corruption.identity() if self.corruption else None,
         }
 
     def _fingerprint(self) -> str:
@@ -162,15 +180,17 @@ class TensorData(Data):
 
     Args:
         values: (N, *shape) clean items; uint8 stands for [-1, 1] by ``v / 127.5 - 1``.
-        observed: (N, *shape) float32 noisy items, where they are not ``corruption`` of the clean.
+        observed: (N, *shape) noisy items like ``values``, where they are not ``corruption`` of the
+            clean.
         resident: keep the set on the device; otherwise each batch is gathered in host memory.
         fingerprint: sha256 of what a generated set is made from. Its values are not hashed, since
             they may differ in the last bit from one processor to another.
     """
 
     def __init__(
-        self, name: str, values: Tensor, corruption: Corruption | None, holdout: float, seed: int,
-        observed: Tensor | None = None, resident: bool = True, fingerprint: str | None = None,
+        self, name: str, values: Tensor, corruption: ItemCorruption | None, holdout: float,
+        seed: int, observed: Tensor | None = None, resident: bool = True,
+        fingerprint: str | None = None,
     ):
         super().__init__(name, values.shape[1:], len(values), corruption, holdout, seed)
         self.values = values
@@ -179,9 +199,13 @@ class TensorData(Data):
         self._sha256 = fingerprint
         # Shared with the held-out part, so that a device holds the set once.
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
-        small = values.numel() <= _PRECOMPUTE_ELEMENTS
-        if observed is None and self.corruption and small:
-            self.observed = self.corruption(to_float(values), torch.arange(len(values)))
+        if observed is None and self.corruption:
+            items = torch.arange(len(values))
+            if self.corruption.keeps_8_bits:
+                pieces = zip(values.split(_CHUNK), items.split(_CHUNK), strict=True)
+                self.observed = torch.cat([self.corruption(*piece) for piece in pieces])
+            elif values.numel() <= _PRECOMPUTE_ELEMENTS:
+                self.observed = self.corruption(to_float(values), items)
 
     def _gather(self, name: str, items: Tensor, device: torch.device) -> Tensor:
         if not self.resident:
@@ -197,7 +221,7 @@ class TensorData(Data):
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         items = self.members[indices.cpu()]
         if self.observed is not None:
-            return self._gather("observed", items, torch.device(device))
+            return to_float(self._gather("observed", items, torch.device(device)))
         clean = self.clean(indices, device)
         return self.corruption(clean, to_device(items, clean.device)) if self.corruption else clean
 
@@ -205,22 +229,24 @@ class TensorData(Data):
         self, order: Iterator[Tensor], device: torch.device | str, workers: int
     ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
         device = torch.device(device)
-        if not (self.is_image and self.resident and self.observed is None
-                and self.values.dtype == torch.uint8):
+        stored = self.values if self.observed is None else self.observed
+        if not (self.is_image and self.resident and stored.dtype == torch.uint8):
             yield from super().stream(order, device, workers)
         for indices in order:
             yield self.resident_batch(indices, device), indices
 
     def resident_batch(self, indices: Tensor, device: torch.device) -> ResidentBatch:
         """What `batch` gives, still as rows of the set on the device (uint8 images only)."""
-        if ("values", device) not in self._copies:
-            self._copies["values", device] = self.values.to(device)
+        name = "values" if self.observed is None else "observed"
+        if (name, device) not in self._copies:
+            self._copies[name, device] = getattr(self, name).to(device)
         items = to_device(self.members[indices.cpu()], device)
-        noise = self.corruption or Corruption(0.0, 0.0, 0)
-        return ResidentBatch(
-            self._copies["values", device], items, corrupt_fraction=noise.fraction,
-            corrupt_sigma=noise.sigma, corrupt_seed=noise.seed,
-        )
+        batch = ResidentBatch(self._copies[name, device], items)
+        if self.observed is None and isinstance(self.corruption, Corruption):
+            noise = self.corruption
+            batch = replace(batch, corrupt_fraction=noise.fraction, corrupt_sigma=noise.sigma,
+                            corrupt_seed=noise.seed)
+        return batch
 
     def all_clean(self) -> Tensor:
         """(N, *shape) float32: every clean item of the whole set, the reference of measures."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 from a local copy: the official archive, packed or extracted, or sprites.
+"""CIFAR-10 and CIFAR-100 from a local copy: the official archive, packed or extracted, or sprites.
 
 The python version is a pickle. It is read by an unpickler that builds nothing but plain
 containers and byte arrays, so a hostile file can run no code; archives are never extracted.
@@ -11,6 +11,7 @@ import pickle
 import re
 import tarfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +21,80 @@ from torch import Tensor
 from robustdm.data.decode import BadImage, decode_pixels
 from robustdm.errors import UsageError
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-DEFAULT_DIR = Path("data/cifar10")
-_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-_FOLDERS = (".", "cifar-10-batches-py", "cifar-10-batches-bin")
-_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
-# The official batches have 31 MB; more is not CIFAR-10.
-_MAX_BATCH_BYTES = 64 * 2**20
 _SIDE = 32
-_RECORD = 1 + 3 * _SIDE * _SIDE
 
 
-def load_cifar(path: Path) -> Tensor | None:
-    """The training images of a copy of CIFAR-10: (N, 3, 32, 32) uint8, as stored.
+@dataclass(frozen=True)
+class Edition:
+    """How one of the two sets is packed.
+
+    Attributes:
+        title: its name for people.
+        stem: what the names of its archives and folders begin with.
+        batches: files with the training images.
+        labels: bytes before an image in the binary version.
+        max_bytes: more than the official files have.
+    """
+
+    title: str
+    stem: str
+    batches: tuple[str, ...]
+    labels: int
+    max_bytes: int
+
+    @property
+    def url(self) -> str:
+        return f"https://www.cs.toronto.edu/~kriz/{self.stem}-python.tar.gz"
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        return f"{self.stem}-python.tar.gz", f"{self.stem}-binary.tar.gz"
+
+    def folders(self, path: Path) -> tuple[Path, ...]:
+        """Where the extracted files may lie: below ``path``, or there if nothing else is called
+        like that."""
+        return (path / f"{self.stem}-batches-py", path / f"{self.stem}-batches-bin",
+                path / f"{self.stem}-python", path / f"{self.stem}-binary", path)
+
+
+EDITIONS = {
+    "cifar10": Edition("CIFAR-10", "cifar-10", tuple(f"data_batch_{k}" for k in range(1, 6)), 1,
+                       64 * 2**20),
+    "cifar100": Edition("CIFAR-100", "cifar-100", ("train",), 2, 256 * 2**20),
+}
+
+
+def default_dir(name: str) -> Path:
+    """Where a copy is looked for if no path is given."""
+    return Path("data") / name
+
+
+def load_cifar(path: Path, name: str | None = None) -> Tensor | None:
+    """The training images of a copy of CIFAR-10 or CIFAR-100: (N, 3, 32, 32) uint8, as stored.
 
     Args:
         path: the archive, a folder that holds it, the extracted folder or its parent, or a folder
             of sprites ``train_0.webp``, ...: images in rows of 20 or any other number.
+        name: cifar10 or cifar100, the one that is wanted; either if None.
 
     Returns:
         None if there is nothing of the kind (the path may still be a folder of images).
 
     Raises:
-        UsageError: if it is incomplete or damaged.
+        UsageError: if it is incomplete or damaged, or the other of the two.
     """
     if path.is_file():
-        return _from_tar(path) if re.search(r"\.(tar|tar\.gz|tgz)$", path.name) else None
-    for folder in _FOLDERS:
-        for suffix in ("", ".bin"):
-            if (path / folder / (_BATCHES[0] + suffix)).is_file():
-                return _from_folder(path / folder, suffix)
-    for name in _ARCHIVES:
-        if (path / name).is_file():
-            return _from_tar(path / name)
+        if not re.search(r"\.(tar|tar\.gz|tgz)$", path.name):
+            return None
+        return _checked(*_from_tar(path), path, name)
+    for edition in EDITIONS.values():
+        for folder in edition.folders(path):
+            for suffix in ("", ".bin"):
+                if (folder / (edition.batches[0] + suffix)).is_file():
+                    return _checked(edition, _from_folder(folder, edition, suffix), path, name)
+        for archive in edition.archives:
+            if (path / archive).is_file():
+                return _checked(*_from_tar(path / archive), path, name)
     sprites = [
         file for file in path.glob("train_*") if re.fullmatch(r"train_\d+\.(webp|png)", file.name)
     ]
@@ -61,49 +103,62 @@ def load_cifar(path: Path) -> Tensor | None:
     return None
 
 
-def _damaged(path: Path, why: str) -> UsageError:
-    return UsageError(f"{path}: {why}: the copy is damaged, download {URL} again")
+def _checked(edition: Edition, images: Tensor, path: Path, name: str | None) -> Tensor:
+    if name is not None and edition is not EDITIONS[name]:
+        found = next(key for key, value in EDITIONS.items() if value is edition)
+        raise UsageError(f"data is {name!r}, but {path} holds {edition.title}: use --data {found}")
+    return images
 
 
-def _from_folder(folder: Path, suffix: str) -> Tensor:
+def _damaged(path: Path, why: str, edition: Edition) -> UsageError:
+    return UsageError(f"{path}: {why}: the copy is damaged, download {edition.url} again")
+
+
+def _from_folder(folder: Path, edition: Edition, suffix: str) -> Tensor:
     batches = {}
-    for name in _BATCHES:
+    for name in edition.batches:
         file = folder / (name + suffix)
-        if file.is_file() and file.stat().st_size <= _MAX_BATCH_BYTES:
+        if file.is_file() and file.stat().st_size <= edition.max_bytes:
             batches[file.name] = file.read_bytes()
-    return _join(folder, batches)
+    return _join(folder, edition, batches)
 
 
-def _from_tar(path: Path) -> Tensor:
-    batches = {}
+def _from_tar(path: Path) -> tuple[Edition, Tensor]:
+    """Raises UsageError if it is damaged or holds neither set."""
+    found: dict[str, dict[str, bytes]] = {name: {} for name in EDITIONS}
+    guess = EDITIONS["cifar100" if "100" in path.name else "cifar10"]
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                name = member.name.rsplit("/", 1)[-1]
-                wanted = name.removesuffix(".bin") in _BATCHES
-                if wanted and member.isreg() and member.size <= _MAX_BATCH_BYTES:
-                    batches[name] = archive.extractfile(member).read()
+                file = member.name.rsplit("/", 1)[-1]
+                for name, edition in EDITIONS.items():
+                    wanted = file.removesuffix(".bin") in edition.batches
+                    if wanted and member.isreg() and member.size <= edition.max_bytes:
+                        found[name][file] = archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise _damaged(path, " ".join(str(error).split())) from None
-    return _join(path, batches)
+        raise _damaged(path, " ".join(str(error).split()), guess) from None
+    name = next((name for name, batches in found.items() if batches), None)
+    edition = EDITIONS[name] if name else guess
+    return edition, _join(path, edition, found[name] if name else {})
 
 
-def _join(path: Path, batches: dict[str, bytes]) -> Tensor:
+def _join(path: Path, edition: Edition, batches: dict[str, bytes]) -> Tensor:
     parts = []
-    for name in _BATCHES:
+    for name in edition.batches:
         if name in batches:
-            parts.append(_python_batch(batches[name], path, name))
+            parts.append(_python_batch(batches[name], path, name, edition))
         elif name + ".bin" in batches:
-            parts.append(_binary_batch(batches[name + ".bin"], path, name + ".bin"))
+            parts.append(_binary_batch(batches[name + ".bin"], path, name + ".bin", edition))
         else:
-            raise _damaged(path, f"{name} is missing")
+            raise _damaged(path, f"{name} is missing", edition)
     return torch.from_numpy(np.concatenate(parts).reshape(-1, 3, _SIDE, _SIDE))
 
 
-def _binary_batch(content: bytes, path: Path, name: str) -> np.ndarray:
-    if not content or len(content) % _RECORD:
-        raise _damaged(path, f"{name} has {len(content)} bytes, no multiple of {_RECORD}")
-    return np.frombuffer(content, np.uint8).reshape(-1, _RECORD)[:, 1:]
+def _binary_batch(content: bytes, path: Path, name: str, edition: Edition) -> np.ndarray:
+    record = edition.labels + 3 * _SIDE * _SIDE
+    if not content or len(content) % record:
+        raise _damaged(path, f"{name} has {len(content)} bytes, no multiple of {record}", edition)
+    return np.frombuffer(content, np.uint8).reshape(-1, record)[:, edition.labels:]
 
 
 class _Dtype:
@@ -154,15 +209,16 @@ class _Unpickler(pickle.Unpickler):
         return self._NAMES[module, name]
 
 
-def _python_batch(content: bytes, path: Path, name: str) -> np.ndarray:
+def _python_batch(content: bytes, path: Path, name: str, edition: Edition) -> np.ndarray:
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         array = (batch[b"data"] if b"data" in batch else batch["data"]).array
-        if array.ndim != 2 or array.shape[1] != _RECORD - 1:
+        if array.ndim != 2 or array.shape[1] != 3 * _SIDE * _SIDE:
             raise ValueError(f"its array has shape {array.shape}")
     except Exception as error:  # a damaged pickle raises almost anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise _damaged(path, f"{name} is not a batch of CIFAR-10 ({reason})") from None
+        raise _damaged(path, f"{name} is not a batch of {edition.title} ({reason})",
+                       edition) from None
     return array
 
 

@@ -29,10 +29,16 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What decides the number of channels of a set: read without decoding the pixels."""
+    """What can be told without decoding the pixels.
+
+    Attributes:
+        grey, alpha: decide the number of channels of a set.
+        size: width and height as stored, EXIF rotation not undone.
+    """
 
     grey: bool
     alpha: bool
+    size: tuple[int, int]
 
 
 @contextmanager
@@ -68,33 +74,43 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in _ALPHA_MODES or "transparency" in image.info
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(file: BinaryIO, crop: int = 0) -> Header:
     """Read what kind of picture a file holds.
 
     Raises:
-        BadImage: if it is no picture, or too large a one.
+        BadImage: if it is no picture, too large a one, or smaller than the square to cut out.
     """
     with _opened(file) as image:
+        _check_crop(image, crop)
         grey = image.mode in _GREY_MODES or image.mode.startswith("I")
-        return Header(grey, _has_alpha(image))
+        return Header(grey, _has_alpha(image), image.size)
 
 
-def decode(file: BinaryIO, channels: int, resolution: int) -> np.ndarray:
+def decode(file: BinaryIO, channels: int, resolution: int, crop: int = 0) -> np.ndarray:
     """Decode a picture: upright (EXIF), in 1, 3 or 4 channels, scaled and centre-cropped.
 
     16-bit and float greys are rounded to 8 bits; transparency is kept with 4 channels and laid
     on white otherwise; of an animation the first frame is taken.
 
+    Args:
+        crop: side of the square cut out of the middle before scaling; 0 is the largest there is.
+
     Returns:
         (channels, resolution, resolution) uint8.
 
     Raises:
-        BadImage: if the file is damaged.
+        BadImage: if the file is damaged, or smaller than the square to cut out.
     """
     with _opened(file) as image:
+        _check_crop(image, crop)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        return fit(_convert(upright, channels), resolution)
+        return fit(convert(upright, channels), resolution, crop)
+
+
+def _check_crop(image: Image.Image, crop: int) -> None:
+    if min(image.size) < crop:
+        raise BadImage(f"{image.width}x{image.height} is smaller than --crop {crop}")
 
 
 def decode_pixels(file: BinaryIO) -> np.ndarray:
@@ -104,10 +120,11 @@ def decode_pixels(file: BinaryIO) -> np.ndarray:
         BadImage: if the file is damaged.
     """
     with _opened(file) as image:
-        return np.asarray(_convert(image, 3))
+        return np.asarray(convert(image, 3))
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """A picture of any mode in 1 (L), 3 (RGB) or 4 (RGBA) channels of 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if channels == 4:
@@ -131,11 +148,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
 
 
-def fit(image: Image.Image, resolution: int) -> np.ndarray:
+def fit(image: Image.Image, resolution: int, crop: int = 0) -> np.ndarray:
     """Scale the short side to ``resolution`` and crop the centre: (C, resolution, resolution).
 
-    Area averaging when shrinking, bicubic when enlarging; unchanged where the size is right.
+    Area averaging when shrinking, bicubic when enlarging; unchanged where the size is right. With
+    ``crop`` the middle ``crop`` x ``crop`` pixels are all there is of the picture.
     """
+    if crop:
+        left, top = ((side - crop) // 2 for side in image.size)
+        image = image.crop((left, top, left + crop, top + crop))
     size = (resolution, resolution)
     if image.size != size:
         small = min(image.size) < resolution

@@ -1,4 +1,5 @@
-"""Folders and zips of pictures: listed, checked, decoded at once or streamed by workers."""
+"""Sources of pictures: folders and zips (and what `databases` adds), listed, checked, decoded at
+once or streamed by workers."""
 
 from __future__ import annotations
 
@@ -9,22 +10,37 @@ import signal
 import sys
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
+from robustdm.data.corruption import ItemCorruption
 from robustdm.data.decode import SUFFIXES, BadImage, decode, quiet, read_header
 from robustdm.errors import RunError, UsageError
 
 # A packed picture larger than this is taken for a bomb.
-_MAX_ZIP_MEMBER = 64 * 2**20
+MAX_PACKED = 64 * 2**20
 # Tasks handed to the thread pool at a time: bounds its queue for sets of millions.
 _CHUNK = 1024
+
+
+class Source(Protocol):
+    """Where pictures are read from, by name."""
+
+    path: Path
+    names: list[str]
+
+    def open(self, name: str) -> BinaryIO:
+        """Raises OSError or BadImage if it cannot be read."""
+
+    def stamp(self, name: str) -> int:
+        """Changes when the picture does, as far as can be told without decoding it."""
 
 
 class Folder:
@@ -85,8 +101,8 @@ class Zip:
         """Raises BadImage for a damaged, encrypted or absurdly large member."""
         try:
             archive = self._archive()
-            if archive.getinfo(name).file_size > _MAX_ZIP_MEMBER:
-                raise BadImage(f"larger than {_MAX_ZIP_MEMBER} bytes")
+            if archive.getinfo(name).file_size > MAX_PACKED:
+                raise BadImage(f"larger than {MAX_PACKED} bytes")
             return io.BytesIO(archive.read(name))
         except BadImage:
             raise
@@ -124,33 +140,51 @@ def check_quarantine(quarantine: list[tuple[str, str]], total: int, max_bad: flo
 
 @dataclass
 class Pictures:
-    """The usable pictures of a folder or zip.
+    """The usable pictures of a source.
 
     Attributes:
         source: where they are read from.
         names: their names, sorted.
-        channels: 1 if all are grey, 4 if all have transparency, else 3.
+        channels: 1, 3 or 4.
         found: number of files, broken ones included.
+        crop: side of the square cut out of the middle of each, 0 for the largest there is.
+        sizes: how many pictures there are of each (width, height).
         quarantine: (name, reason) of the broken files so far.
         note: what was done to files unlike the others, for the screen.
     """
 
-    source: Folder | Zip
+    source: Source
     names: list[str]
     channels: int
     found: int
+    crop: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     quarantine: list[tuple[str, str]] = field(default_factory=list)
     note: str = ""
 
     def fingerprint(self) -> str:
-        """sha256 of names and sizes (zip: checksums) and channels; the pixels are not read."""
+        """sha256 of names and sizes (zip: checksums), channels and crop; no pixels are read."""
         lines = (f"{printable(name)} {self.source.stamp(name)}\n" for name in self.names)
-        return hashlib.sha256(f"{self.channels}\n{''.join(lines)}".encode()).hexdigest()
+        crop = f" crop {self.crop}" if self.crop else ""
+        return hashlib.sha256(f"{self.channels}{crop}\n{''.join(lines)}".encode()).hexdigest()
+
+    def decode(self, name: str, resolution: int) -> tuple[Tensor | None, str | None]:
+        """(pixels (C, resolution, resolution) uint8, None), or (None, why it is broken)."""
+        return attempt(
+            lambda file: decode_tensor(file, self.channels, resolution, self.crop), self.source,
+            name,
+        )
 
 
-def open_pictures(path: Path) -> Folder | Zip:
-    """Raises UsageError if ``path`` is neither a folder nor a zip, or has no pictures."""
-    if path.is_dir():
+def open_pictures(path: Path) -> Source:
+    """Raises UsageError if ``path`` is no source of pictures, or has none."""
+    from robustdm.data import databases
+
+    if databases.is_hub(path):
+        source = databases.HubPictures(path)
+    elif databases.is_lmdb(path):
+        source = databases.Lmdb(path)
+    elif path.is_dir():
         source = Folder(path)
     elif path.suffix.lower() == ".zip":
         source = Zip(path)
@@ -164,7 +198,7 @@ def open_pictures(path: Path) -> Folder | Zip:
 _COMMON = ("png", "jpg", "webp", "bmp", "gif", "tiff", "ppm")
 
 
-def _attempt(function: Callable, source: Folder | Zip, name: str):
+def attempt(function: Callable, source: Source, name: str):
     """(result, None) or (None, reason)."""
     try:
         with source.open(name) as file:
@@ -173,6 +207,11 @@ def _attempt(function: Callable, source: Folder | Zip, name: str):
         return None, str(error)
     except OSError as error:
         return None, error.strerror or type(error).__name__
+
+
+def decode_tensor(file: BinaryIO, channels: int, resolution: int, crop: int) -> Tensor:
+    """`decode` as a tensor of its own."""
+    return torch.from_numpy(decode(file, channels, resolution, crop).copy())
 
 
 def _in_threads(function: Callable, names: list[str], title: str) -> Iterable:
@@ -191,8 +230,11 @@ def _in_threads(function: Callable, names: list[str], title: str) -> Iterable:
     )
 
 
-def scan(source: Folder | Zip, max_bad: float) -> Pictures:
-    """Read the header of every file and settle the number of channels.
+def scan(
+    source: Source, max_bad: float, channels: int | None = None, crop: int = 0
+) -> Pictures:
+    """Read the header of every file and settle the number of channels: 1 if all pictures are grey,
+    4 if all have transparency, else 3, unless ``channels`` says.
 
     Raises:
         RunError: if too many files are no pictures.
@@ -200,7 +242,8 @@ def scan(source: Folder | Zip, max_bad: float) -> Pictures:
     names, headers, quarantine = [], [], []
     with quiet():
         tries = _in_threads(
-            lambda name: _attempt(read_header, source, name), source.names, "Reading headers"
+            lambda name: attempt(lambda file: read_header(file, crop), source, name),
+            source.names, "Reading headers",
         )
         for name, (header, reason) in zip(source.names, tries, strict=True):
             if header is None:
@@ -210,19 +253,22 @@ def scan(source: Folder | Zip, max_bad: float) -> Pictures:
                 headers.append(header)
     check_quarantine(quarantine, len(source.names), max_bad)
     if not names:
-        raise UsageError(f"data_dir is {str(source.path)!r}: none of its images can be read")
+        raise UsageError(f"data_dir is {str(source.path)!r}: none of its images can be read"
+                         f" ({quarantine[0][0]}: {quarantine[0][1]})")
     alpha = sum(header.alpha for header in headers)
     grey = sum(header.grey for header in headers)
+    colour = len(headers) - grey
+    if channels is None:
+        channels = 4 if alpha == len(headers) else 1 if not colour else 3
     notes = []
-    if alpha == len(headers):
-        channels = 4
-    else:
-        channels = 1 if grey == len(headers) else 3
-        if alpha:
-            notes.append(f"{alpha} with transparency laid on white")
-        if channels == 3 and grey:
-            notes.append(f"{grey} grey ones made RGB")
-    return Pictures(source, names, channels, len(source.names), quarantine, ", ".join(notes))
+    if alpha and channels != 4:
+        notes.append(f"{alpha} with transparency laid on white")
+    if grey and channels == 3:
+        notes.append(f"{grey} grey ones made RGB")
+    if colour and channels == 1:
+        notes.append(f"{colour} coloured ones made grey")
+    return Pictures(source, names, channels, len(source.names), crop,
+                    Counter(header.size for header in headers), quarantine, ", ".join(notes))
 
 
 def decode_all(pictures: Pictures, resolution: int, max_bad: float) -> Tensor:
@@ -232,21 +278,19 @@ def decode_all(pictures: Pictures, resolution: int, max_bad: float) -> Tensor:
     Raises:
         RunError: if too many files are broken.
     """
-    channels, good = pictures.channels, []
+    good = []
     result = torch.empty(
-        len(pictures.names), channels, resolution, resolution, dtype=torch.uint8
+        len(pictures.names), pictures.channels, resolution, resolution, dtype=torch.uint8
     )
-
-    def read(name: str):
-        return _attempt(lambda file: decode(file, channels, resolution), pictures.source, name)
-
     with quiet():
-        tries = _in_threads(read, pictures.names, "Decoding images")
+        tries = _in_threads(
+            lambda name: pictures.decode(name, resolution), pictures.names, "Decoding images"
+        )
         for name, (pixels, reason) in zip(pictures.names, tries, strict=True):
             if pixels is None:
                 pictures.quarantine.append((printable(name), reason))
             else:
-                result[len(good)] = torch.from_numpy(pixels.copy())
+                result[len(good)] = pixels
                 good.append(name)
     check_quarantine(pictures.quarantine, pictures.found, max_bad)
     if not good:
@@ -274,12 +318,9 @@ class Decoder(torch.utils.data.Dataset):
         for shift in range(min(self._MAX_TRIES, len(self.members))):
             place = (position + shift) % len(self.members)
             name = pictures.names[self.members[place]]
-            pixels, reason = _attempt(
-                lambda file: decode(file, pictures.channels, self.resolution),
-                pictures.source, name,
-            )
+            pixels, reason = pictures.decode(name, self.resolution)
             if pixels is not None:
-                return torch.from_numpy(pixels.copy()), place, broken
+                return pixels, place, broken
             broken.append((printable(name), reason))
         return None, position, broken
 
@@ -298,17 +339,32 @@ class Decoded:
     positions: Tensor
     broken: list[tuple[str, str]]
 
-    @classmethod
-    def collate(cls, results: list) -> Decoded:
-        """Join what Decoder gave. Runs in the worker: one tensor is one file handle to pass on,
-        where a tensor per picture would use up the handles a process may have.
-        """
+
+class Collate:
+    """Joins what a decoder gave to a batch, and corrupts it where that is the host's work.
+
+    Runs in the worker: one tensor is one file handle to pass on, where a tensor per picture would
+    use up the handles a process may have.
+
+    Args:
+        corruption: what to apply, None for nothing.
+        members: (n,) items that positions stand for; None if they are items.
+    """
+
+    def __init__(self, corruption: ItemCorruption | None = None, members: Tensor | None = None):
+        self.corruption, self.members = corruption, members
+
+    def __call__(self, results: list[tuple[Tensor | None, int, list]]) -> Decoded:
         pixels = [pixels for pixels, _, _ in results]
-        return cls(
-            None if any(image is None for image in pixels) else torch.stack(pixels),
-            torch.tensor([position for _, position, _ in results]),
-            [entry for _, _, broken in results for entry in broken],
-        )
+        positions = torch.tensor([position for _, position, _ in results])
+        broken = [entry for _, _, broken in results for entry in broken]
+        if any(image is None for image in pixels):
+            return Decoded(None, positions, broken)
+        batch = torch.stack(pixels)
+        if self.corruption is not None:
+            items = positions if self.members is None else self.members[positions]
+            batch = self.corruption(batch, items)
+        return Decoded(batch, positions, broken)
 
 
 def start_worker(worker: int) -> None:

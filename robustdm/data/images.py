@@ -1,10 +1,12 @@
-"""Image sets: any folder, zip or array, and CIFAR-10; held on the device, or streamed."""
+"""Image sets: any folder, zip, database or array, and CIFAR; held on the device, or decoded while
+training."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from robustdm.data.arrays import load_array, resize_array
-from robustdm.data.base import Data, TensorData, to_float
-from robustdm.data.cifar import DEFAULT_DIR, URL, load_cifar
-from robustdm.data.corruption import Corruption
+from robustdm.data.arrays import fit_array, load_array
+from robustdm.data.base import Data, TensorData, sha256_of, to_float
+from robustdm.data.cifar import EDITIONS, default_dir, load_cifar
+from robustdm.data.corruption import (
+    Corruption,
+    ItemCorruption,
+    Jpeg,
+    MissingPixels,
+    Outliers,
+    SaltAndPepper,
+)
+from robustdm.data.databases import is_hub
 from robustdm.data.decode import quiet
 from robustdm.data.files import (
+    Collate,
     Decoded,
     Decoder,
     Pictures,
@@ -30,11 +41,15 @@ from robustdm.data.files import (
 from robustdm.device import to_device
 from robustdm.errors import RunError, UsageError
 from robustdm.metrics import spread
+from robustdm.random import shuffled
 
 if TYPE_CHECKING:
+    from robustdm.data.streamed import Beginning
     from robustdm.training.config import TrainConfig
 
 _ARRAY_SUFFIXES = (".npy", ".npz")
+# Outliers to choose from: more of them say nothing new, and they are held in memory.
+_MAX_OUTLIERS = 16_384
 
 
 def _measure_images(samples: Tensor) -> dict[str, float]:
@@ -58,7 +73,7 @@ class ImageFiles(Data):
 
     def __init__(
         self, name: str, pictures: Pictures, resolution: int, max_bad: float,
-        corruption: Corruption | None, holdout: float, seed: int,
+        corruption: ItemCorruption | None, holdout: float, seed: int,
     ):
         shape = (pictures.channels, resolution, resolution)
         super().__init__(name, shape, len(pictures.names), corruption, holdout, seed)
@@ -69,13 +84,13 @@ class ImageFiles(Data):
     def _decoder(self) -> Decoder:
         return Decoder(self.pictures, self.members, self.shape[1])
 
-    def _fetch(self, indices: Tensor) -> Decoded:
+    def _fetch(self, indices: Tensor, collate: Collate) -> Decoded:
         decoder = self._decoder()
         with quiet(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return Decoded.collate(list(pool.map(decoder.__getitem__, indices.tolist())))
+            return collate(list(pool.map(decoder.__getitem__, indices.tolist())))
 
-    def _finish(self, decoded: Decoded, device: torch.device, noisy: bool) -> Tensor:
-        """Note broken files; (B, C, R, R) float32 on the device."""
+    def _checked(self, decoded: Decoded) -> Decoded:
+        """Note broken files, and end the run if there are too many."""
         self.quarantine.extend(
             entry for entry in dict.fromkeys(decoded.broken) if entry not in self.quarantine
         )
@@ -83,37 +98,31 @@ class ImageFiles(Data):
         if decoded.pixels is None:
             raise RunError(f"{self.pictures.source.path}: no image can be read any more; check "
                            "the disk, then go on with --resume")
-        x = to_float(to_device(decoded.pixels, device))
-        if noisy and self.corruption:
-            return self.corruption(x, to_device(self.members[decoded.positions], device))
-        return x
+        return decoded
 
     def clean(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        return self._finish(self._fetch(indices), torch.device(device), noisy=False)
+        decoded = self._checked(self._fetch(indices, Collate()))
+        return to_float(to_device(decoded.pixels, torch.device(device)))
+
+    def _noisy(self, decoded: Decoded, device: torch.device) -> Tensor:
+        self._checked(decoded)
+        return finish(decoded.pixels, self.members[decoded.positions], self.corruption, device)
+
+    def _collate(self) -> Collate:
+        return Collate(host_part(self.corruption), self.members)
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        return self._finish(self._fetch(indices), torch.device(device), noisy=True)
+        return self._noisy(self._fetch(indices, self._collate()), torch.device(device))
 
     def stream(
         self, order: Iterator[Tensor], device: torch.device | str, workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        device = torch.device(device)
-        loader = torch.utils.data.DataLoader(
-            self._decoder(), batch_sampler=(indices.tolist() for indices in order),
-            num_workers=workers, collate_fn=Decoded.collate, worker_init_fn=start_worker,
-            generator=torch.Generator(),  # else it would take a number from the global one
+        loaded = decode_in_workers(
+            self._decoder(), (indices.tolist() for indices in order), workers, self._collate(),
+            self.pictures.source.path,
         )
-        batches = iter(loader)
-        while True:
-            try:
-                decoded = next(batches)
-            except (RuntimeError, OSError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise RunError(
-                    f"reading images of {self.pictures.source.path} failed: {reason}; --workers 0 "
-                    "reads them in this process"
-                ) from error
-            yield self._finish(decoded, device, noisy=True), decoded.positions
+        for decoded in loaded:
+            yield self._noisy(decoded, torch.device(device)), decoded.positions
 
     def _measure(self, samples: Tensor) -> dict[str, float]:
         return _measure_images(samples)
@@ -126,59 +135,133 @@ class ImageFiles(Data):
         return self._names_digest
 
 
+def host_part(corruption: ItemCorruption | None) -> ItemCorruption | None:
+    """The corruption, if it is applied where pictures are decoded."""
+    return corruption if corruption and corruption.needs_host else None
+
+
+def finish(
+    pixels: Tensor, items: Tensor, corruption: ItemCorruption | None, device: torch.device
+) -> Tensor:
+    """Decoded images (B, C, R, R) uint8 to the device; there normalised, and corrupted by what the
+    host has not done. Returns float32 in [-1, 1].
+    """
+    x = to_float(to_device(pixels, device))
+    if corruption and not corruption.needs_host:
+        return corruption(x, to_device(items, device))
+    return x
+
+
+def decode_in_workers(
+    decoder: torch.utils.data.Dataset, order: Iterator[list], workers: int, collate: Collate,
+    path: Path,
+) -> Iterator[Decoded]:
+    """Batches of an order, decoded by worker processes (in this one if ``workers`` is 0).
+
+    Raises:
+        RunError: if reading fails for good.
+    """
+    loader = torch.utils.data.DataLoader(
+        decoder, batch_sampler=order, num_workers=workers, collate_fn=collate,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else it would take a number from the global one
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            decoded = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"reading images of {path} failed: {reason}; --workers 0 reads them in "
+                           "this process") from error
+        yield decoded
+
+
 def _data_path(config: TrainConfig) -> Path:
-    """The local copy to read, which exists."""
+    """The local copy to read, which exists, or the name of a Hugging Face data set."""
     path = config.data_dir
-    if config.data == "cifar10" and path is None:
-        path = DEFAULT_DIR
+    edition = EDITIONS.get(config.data)
+    if edition and path is None:
+        path = default_dir(config.data)
         if not path.exists():
             raise UsageError(
-                f"data_dir is not set and {path} does not exist: download {URL} into {path}/, or "
-                "name the archive's place with --data-dir"
+                f"data_dir is not set and {path} does not exist: download {edition.url} into "
+                f"{path}/, or name the archive's place with --data-dir"
             )
     if path is None:
         raise UsageError("data_dir is not set: name the folder, zip, .npy or .npz to train on")
-    if not path.exists():
-        remedy = f"download {URL} and name it here" if config.data == "cifar10" else (
+    if not is_hub(path) and not path.exists():
+        remedy = f"download {edition.url} and name it here" if edition else (
             "name a folder, zip, .npy or .npz of images")
         raise UsageError(f"data_dir is {str(path)!r}, which does not exist: {remedy}")
     return path
 
 
-def _load(config: TrainConfig, native: bool = False) -> tuple[Path, Tensor | Pictures]:
-    """Images as stored in an array or in CIFAR-10's files, or the list of picture files."""
-    path = _data_path(config)
-    images = None
-    if path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES:
-        images = load_array(path)
-    elif config.data in ("cifar10", "subspace"):
-        images = load_cifar(path)
-        if images is None and config.data == "cifar10" and (path / "train").is_dir():
-            path = path / "train"  # folders of CIFAR-10 keep the test images beside
-    if images is None:
-        return path, scan(open_pictures(path), config.max_bad)
-    square = images.shape[2] == images.shape[3]
-    return path, images if native and square else resize_array(images, config.resolution, path)
-
-
-def image_data(config: TrainConfig, corruption: Corruption | None) -> Data:
-    """The image set of a configuration.
+def open_images(config: TrainConfig) -> tuple[Path, Tensor | Pictures | Beginning]:
+    """What a configuration's path holds: images as stored in an array or in CIFAR's files, the list
+    of picture files, or the beginning of a stream.
 
     Raises:
         UsageError: if the files are missing or not what they should be.
         RunError: if too many of them are broken.
     """
-    path, loaded = _load(config)
+    path = _data_path(config)
+    if config.stream:
+        from robustdm.data.streamed import Beginning
+
+        return path, Beginning.read(config)
+    images = None
+    if path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES:
+        images = load_array(path)
+    elif config.data != "images" or path.is_file():
+        images = load_cifar(path, config.data if config.data in EDITIONS else None)
+        if images is None and config.data in EDITIONS and (path / "train").is_dir():
+            path = path / "train"  # folders of CIFAR keep the test images beside
+    if images is None:
+        images = scan(open_pictures(path), config.max_bad, config.channels, config.crop)
+    return path, images
+
+
+def _decoded(
+    config: TrainConfig, path: Path, images: Tensor | Pictures, native: bool = False
+) -> Tensor:
+    """The images of a configuration in one tensor; ``native``: square ones in their own size."""
+    if isinstance(images, Pictures):
+        return decode_all(images, config.resolution, config.max_bad)
+    square = images.shape[2] == images.shape[3]
+    resolution = None if native and square else config.resolution
+    return fit_array(images, resolution, path, config.channels, config.crop)
+
+
+def image_data(config: TrainConfig, opened: tuple | None = None) -> Data:
+    """The image set of a configuration.
+
+    Args:
+        opened: what `open_images` gave, if it was called already.
+
+    Raises:
+        UsageError: if the files are missing or not what they should be.
+        RunError: if too many of them are broken.
+    """
+    path, images = open_images(config) if opened is None else opened
     name = config.data if config.data != "images" else path.name
     limit = config.resident_gib * 2**30
-    common = dict(corruption=corruption, holdout=config.holdout, seed=config.seed)
-    if isinstance(loaded, Tensor):
-        return ImageTensor(name, loaded, resident=loaded.nbytes <= limit, **common)
-    size = len(loaded.names) * loaded.channels * config.resolution**2
-    if size > limit:
-        return ImageFiles(name, loaded, config.resolution, config.max_bad, **common)
-    data = ImageTensor(name, decode_all(loaded, config.resolution, config.max_bad), **common)
-    data.quarantine, data.note = loaded.quarantine, loaded.note
+    if config.stream:
+        from robustdm.data.streamed import StreamedImages
+
+        return StreamedImages(name, images, config, corruption_of(config, images.pictures.channels))
+    common = dict(holdout=config.holdout, seed=config.seed)
+    if isinstance(images, Tensor):
+        images = _decoded(config, path, images)
+        corruption = corruption_of(config, images.shape[1])
+        return ImageTensor(name, images, corruption, resident=images.nbytes <= limit, **common)
+    corruption = corruption_of(config, images.channels)
+    if len(images.names) * images.channels * config.resolution**2 > limit:
+        return ImageFiles(name, images, config.resolution, config.max_bad, corruption, **common)
+    data = ImageTensor(name, _decoded(config, path, images), corruption, **common)
+    data.quarantine, data.note = images.quarantine, images.note
     return data
 
 
@@ -188,7 +271,51 @@ def images_for_subspace(config: TrainConfig) -> tuple[Tensor, list[tuple[str, st
     Arrays of square images keep their size in PCA coordinates, where the network never sees it;
     everything else has ``config.resolution``.
     """
-    _, loaded = _load(config, native=config.subspace_space == "pca")
-    if isinstance(loaded, Tensor):
-        return loaded, []
-    return decode_all(loaded, config.resolution, config.max_bad), loaded.quarantine
+    path, images = open_images(config)
+    decoded = _decoded(config, path, images, native=config.subspace_space == "pca")
+    return decoded, images.quarantine if isinstance(images, Pictures) else []
+
+
+def corruption_of(config: TrainConfig, channels: int) -> ItemCorruption:
+    """The corruption of a configuration's images, which have so many channels.
+
+    Raises:
+        UsageError: if the images that outliers are taken from are missing or of no use.
+        RunError: if too many of their files are broken.
+    """
+    fraction, seed = config.corrupt_fraction, config.seed
+    match config.corrupt_kind:
+        case "salt_pepper":
+            return SaltAndPepper(fraction, config.corrupt_pixels, seed)
+        case "missing":
+            return MissingPixels(fraction, config.corrupt_pixels, seed)
+        case "jpeg":
+            return Jpeg(fraction, config.corrupt_quality, seed)
+        case "outliers":
+            images = _outlier_images(config, channels)
+            return Outliers(fraction, images, seed, config.corrupt_with.name, sha256_of(images))
+    return Corruption(fraction, config.corrupt_sigma, seed)
+
+
+def _outlier_images(config: TrainConfig, channels: int) -> Tensor:
+    """(M, channels, R, R) uint8."""
+    other = replace(config, data="images", data_dir=config.corrupt_with, channels=channels, crop=0,
+                    corrupt_kind="gaussian", corrupt_with=None)
+    try:
+        path, images = open_images(other)
+        if isinstance(images, Pictures):
+            images.names = [images.names[k] for k in _some(len(images.names))]
+        else:
+            images = images[_some(len(images))]
+        images = _decoded(other, path, images)
+    except UsageError as error:
+        raise UsageError(str(error).replace("data_dir is", "corrupt_with is")) from None
+    if images.dtype != torch.uint8:
+        raise UsageError(f"corrupt_with is {str(config.corrupt_with)!r}: it holds floats, save "
+                         "the images as uint8")
+    return images
+
+
+def _some(count: int) -> Tensor:
+    """At most `_MAX_OUTLIERS` of so many indices, drawn at random, in rising order."""
+    return shuffled(0, 0, count)[:_MAX_OUTLIERS].sort().values

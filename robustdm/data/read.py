@@ -12,6 +12,7 @@ from torch import Tensor
 from robustdm.data.arrays import load_array
 from robustdm.data.base import to_float
 from robustdm.data.cifar import load_cifar
+from robustdm.data.databases import is_hub
 from robustdm.data.files import decode_all, open_pictures, scan
 from robustdm.errors import RunError, UsageError
 
@@ -21,8 +22,8 @@ def read_images(path: Path, name: str) -> Tensor:
 
     Args:
         path: what ``python -m robustdm.sample`` wrote (unclipped samples, or points), an .npy or
-            .npz of images, a folder or zip of pictures of one size, or a copy of CIFAR-10 (its
-            training images).
+            .npz of images, a folder, zip, lmdb or Hugging Face set of pictures of one size, or a
+            copy of CIFAR (its training images).
         name: the flag, for errors.
 
     Returns:
@@ -32,7 +33,7 @@ def read_images(path: Path, name: str) -> Tensor:
         UsageError: if there is nothing to read, or the pictures differ in size.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.exists() and not is_hub(path):
         raise UsageError(f"{name} is {str(path)!r}, which does not exist: name a folder, zip, .npy "
                          "or .npz of images")
     if path.is_dir() and (path / "samples.npz").is_file():

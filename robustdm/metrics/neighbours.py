@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+THRESHOLDS = (0.9, 0.95)
+"""Cosine similarities above which images count as near (Briglia et al. 2026, section 3.2)."""
+
 
 class Manifold(NamedTuple):
     """How two sets of features overlap; see ``manifold``."""
@@ -119,3 +122,17 @@ def _neighbour_distances(x: Tensor, count: int, block: int) -> Tensor:
 def _squared(a: Tensor, b: Tensor) -> Tensor:
     distance = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
     return distance.clamp_(min=0)
+
+
+def nearness(similarity: Tensor) -> dict[str, float]:
+    """Measures of how near samples are to single training images: mean, shares, percentiles.
+
+    Args:
+        similarity: (N,) cosine similarity of each to its nearest training image.
+    """
+    return {
+        "mean": similarity.mean().item(),
+        **{f"share >= {t:g}": (similarity >= t).double().mean().item() for t in THRESHOLDS},
+        "1st percentile": similarity.quantile(0.01).item(),
+        "99th percentile": similarity.quantile(0.99).item(),
+    }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 
+from robustdm.device import normalisable
 from robustdm.errors import UsageError
 from robustdm.models.mlp import PointMLP
 from robustdm.training.config import TrainConfig
@@ -50,10 +53,45 @@ def build_model(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
 
     Returns:
         A diffusers ``UNet2DModel`` (its output's ``.sample`` is the prediction) or a `PointMLP`.
+        Parameters that are not to be trained do not require gradients.
 
     Raises:
-        UsageError: if the network does not fit the data's shape.
+        UsageError: if the network does not fit the data's shape, or ``freeze`` not the network.
     """
+    model = _build(config, shape)
+    freeze(model, config.freeze)
+    return model
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Leave parameters out of training, in place.
+
+    Args:
+        model: the network.
+        patterns: of names as in ``named_parameters``; * stands for any characters, dots too.
+
+    Raises:
+        UsageError: for a pattern that matches nothing, or if nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [p for name, p in parameters.items() if fnmatchcase(name, pattern)]
+        if not found:
+            starts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
+            raise UsageError(
+                f"freeze has {pattern!r}: no parameter of the network has such a name; they begin "
+                f"with {starts}, and * stands for the rest"
+            )
+        for p in found:
+            p.requires_grad_(False)
+    for norm in (m for m in model.modules() if patterns and isinstance(m, nn.GroupNorm)):
+        norm.register_forward_pre_hook(lambda norm, args: (normalisable(args[0], norm.weight),))
+    if patterns and not any(p.requires_grad for p in parameters.values()):
+        raise UsageError(f"freeze is {' '.join(patterns)!r}: nothing is left to train, leave a "
+                         "pattern out")
+
+
+def _build(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
     wanted = 3 if config.network == "unet" else 1
     if len(shape) != wanted:
         other = "mlp" if config.network == "unet" else "unet"

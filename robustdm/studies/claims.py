@@ -75,27 +75,30 @@ def untested(text: str, paper: str) -> Claim:
     return Claim(text, None, "", None, paper, tested=False)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float], ratio: bool = False) -> tuple[float, float]:
     """Student's interval of confidence ``CONFIDENCE`` for the mean over seeds.
 
-    Of positive values that of their logarithms, so that a ratio and its inverse are judged alike.
+    Args:
+        ratio: that of the logarithms, so that a ratio and its inverse are judged alike. Values that
+            are not all positive have none.
+
     One seed says nothing: the interval is then unbounded.
     """
     from scipy.stats import t
 
     x = np.asarray(values, dtype=float)
-    positive = bool((x > 0).all())
+    logs = ratio and bool((x > 0).all())
     if len(x) < 2:
-        return (0.0 if positive else -np.inf), np.inf
-    x = np.log(x) if positive else x
+        return (0.0 if logs else -np.inf), np.inf
+    x = np.log(x) if logs else x
     half = t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
     low, high = x.mean() - half, x.mean() + half
-    return (float(np.exp(low)), float(np.exp(high))) if positive else (float(low), float(high))
+    return (float(np.exp(low)), float(np.exp(high))) if logs else (float(low), float(high))
 
 
 def judge(
     text: str, values: Sequence[float], at_most: float | None = None,
-    at_least: float | None = None, paper: str = "",
+    at_least: float | None = None, paper: str = "", ratio: bool = False,
 ) -> Claim:
     """A claim on a measure: it holds if the interval over seeds lies within the limits, fails if it
     lies outside, and is undecided if it contains one.
@@ -104,8 +107,9 @@ def judge(
         values: one per seed.
         at_most, at_least: the limits, one or both.
         paper: the paper's value.
+        ratio: see ``interval``.
     """
-    low, high = interval(values)
+    low, high = interval(values, ratio)
     lower = -np.inf if at_least is None else at_least
     upper = np.inf if at_most is None else at_most
     if lower <= low and high <= upper:
@@ -135,7 +139,7 @@ def ratio_claim(
     if at_most is None and at_least is None:
         at_most = 1 - EFFECT
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return judge(text, ratios, at_most, at_least, paper)
+    return judge(text, ratios, at_most, at_least, paper, ratio=True)
 
 
 def by_seed(records: Sequence[dict], group: str, name: str, measure: str) -> list[float]:

@@ -255,9 +255,9 @@ def table1(scale: Scale) -> list[Claim]:
                              (cut, f"chain cut off to {steps} steps")):
             claims += [
                 judge(f"{words}: distance, DDPM / its 1000 steps", rise(group, "DDPM", steps),
-                      at_least=large, paper=plain),
+                      at_least=large, paper=plain, ratio=True),
                 judge(f"{words}: distance, robust_adv / its 1000 steps",
-                      rise(group, "robust_adv", steps), at_most=1.5, paper=robust),
+                      rise(group, "robust_adv", steps), at_most=1.5, paper=robust, ratio=True),
                 ratio_claim(f"{words}: distance, robust_adv / DDPM",
                             values(group, f"robust_adv, {steps} steps"),
                             values(group, f"DDPM, {steps} steps"),

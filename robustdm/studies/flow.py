@@ -15,7 +15,15 @@ from robustdm.sampling import sample
 from robustdm.studies import invitro, subspace
 from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim, untested
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import Arm, load_model, run_arms, summarise
+from robustdm.studies.runner import (
+    EQUAL_WORK,
+    SHRUNK_LAM,
+    SHRUNK_SWEEP,
+    Arm,
+    load_model,
+    run_arms,
+    summarise,
+)
 from robustdm.studies.scales import Scale
 from robustdm.studies.tradeoff import equal_signal_claim
 from robustdm.training.run import schedule_of
@@ -41,7 +49,7 @@ def _arms(scale: Scale, names: tuple[str, ...]) -> list[Arm]:
 def fig2(scale: Scale) -> list[Claim]:
     """Samples, paths and score fields under inlier noise and outliers; the perturbation's ray."""
     names = ("DDPM", ADV, "robust_adv (x)", "invariance")
-    arms = subspace.with_baselines(_arms(scale, names))
+    arms = subspace.with_baselines(_arms(scale, names), SHRUNK_SWEEP)
     records = run_arms(arms, scale.out, scale.jobs)
     for arm, record in zip(arms, records, strict=True):
         if arm.baseline is None:  # those have the plain network, but not its score
@@ -68,8 +76,8 @@ def fig2(scale: Scale) -> list[Claim]:
     claims += [
         ratio_claim(f"{group}, not in the paper: distance, {ADV} / {name}",
                     values(group, ADV, "distance"), values(group, name, "distance"))
-        for group in invitro.SETS for name in dict.fromkeys(a.name for a in arms)
-        if name.startswith("DDPM, ")
+        for group, others in ((PLANE, ()), (GAUSSIANS, SHRUNK_LAM))
+        for name in (EQUAL_WORK, *(f"DDPM, shrunk {lam:g}" for lam in others))
     ] + [
         equal_signal_claim(records, PLANE, name, "distance", "in_plane_std")
         for name in (ADV, "robust_adv (x)")

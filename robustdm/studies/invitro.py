@@ -19,6 +19,7 @@ from robustdm.sampling import sample
 from robustdm.studies import subspace
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
+    SHRUNK_SWEEP,
     Arm,
     load_model,
     load_samples,
@@ -58,7 +59,7 @@ def arms(seeds: int, steps: int | None, objectives: dict[str, dict] = OBJECTIVES
 
 def run(out: Path, seeds: int, steps: int | None, jobs: int) -> list[Claim]:
     """Run the study; print and write its tables and figures."""
-    todo = subspace.with_baselines(arms(seeds, steps))
+    todo = subspace.with_baselines(arms(seeds, steps), SHRUNK_SWEEP)
     records = run_arms(todo, out, jobs)
     sections = []
     for group, (preset, _) in SETS.items():

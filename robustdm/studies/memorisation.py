@@ -9,12 +9,12 @@ import dataclasses
 
 import torch
 
+from robustdm import plots
 from robustdm.baselines import DEFAULT_STRENGTH, blur
 from robustdm.data import load_data
 from robustdm.evaluation import features_of
 from robustdm.features import cache_directory, load_extractor
-from robustdm.memorise import histogram, nearness
-from robustdm.metrics import nearest
+from robustdm.metrics import nearest, nearness
 from robustdm.studies.claims import Claim, by_seed, judge, untested
 from robustdm.studies.page import write_page
 from robustdm.studies.runner import load_samples, summarise
@@ -87,7 +87,7 @@ def fig6_left(scale: Scale) -> list[Claim]:
         {"Nearest training image": summarise(records, columns)}, claims, records, scale.differs, (
             "Similarity alone says little: images that were never trained on are near training "
             "images too, and blurring moves the histogram without anything having been forgotten.",
-        ), {"figure-6-left": (histogram(similarities, ""), "Seed 0.")})
+        ), {"figure-6-left": (plots.similarities(similarities, ""), "Seed 0.")})
 
 
 def _digits(scale: Scale) -> Scale:

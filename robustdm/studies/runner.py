@@ -37,6 +37,10 @@ SHRUNK_LAM = (0.1, 0.3)
 SHRUNK_SWEEP = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Strengths of the shrunk DDPM: of every table, and where its whole curve is drawn."""
 EQUAL_WORK = "DDPM, equal work"
+# Fields at the value at which they do nothing: left out of keys, which they would only change.
+_IDLE = {"crop": 0, "channels": None, "stream": False, "shuffle_buffer": 4096,
+         "corrupt_kind": "gaussian", "corrupt_pixels": 0.1, "corrupt_quality": 10,
+         "corrupt_with": None, "freeze": ()}
 ADV_UNITS, DDPM_UNITS = 8, 3
 """Work of a step in forward passes; see ``Objective.units``."""
 
@@ -84,6 +88,7 @@ class Arm:
         bookkeeping = set(CHANGEABLE) - {"steps", "lr", "data_dir"}
         if self.config.init_from is None:
             bookkeeping |= set(ORIGIN_FIELDS)
+        bookkeeping |= {k for k, v in _IDLE.items() if getattr(self.config, k) == v}
         config = {k: v for k, v in self.config.to_dict().items() if k not in bookkeeping}
         decides = [config, self.make_data.__qualname__]
         if self.config.data_dir is not None:

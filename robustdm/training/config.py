@@ -27,21 +27,40 @@ class TrainConfig:
 
     preset: str = "digits"
     """Named set of defaults, which any flag overrides: digits, plane, gaussians, subspace, cifar10,
-    cifar10-iddpm, celeba64, imagenet64, lsun256, folder."""
+    cifar10-iddpm, celeba64, imagenet64, lsun256, folder; finetune, with --init-from."""
     config: Path | None = None
     """YAML file of fields; it overrides the preset, and flags override it."""
 
     # Data.
-    data: Literal["digits", "plane", "gaussians", "subspace", "cifar10", "images"] = "digits"
-    """What to train on; `images` is any folder, EDM zip, .npy or .npz named by --data-dir."""
+    data: Literal["digits", "plane", "gaussians", "subspace", "cifar10", "cifar100",
+                  "images"] = "digits"
+    """What to train on; `images` is whatever --data-dir names."""
     data_dir: Path | None = None
-    """Local copy of the data: a folder, zip, .npy or .npz."""
+    """Local copy of the data: a folder, zip, lmdb, .npy or .npz; or hf:NAME[:SPLIT], a Hugging Face
+    data set or a folder of parquet files (extra `data`)."""
     resolution: int = 8
     """Side of the images in pixels; larger files are resized and centre-cropped."""
+    crop: int = 0
+    """Side of the square cut out of the middle of every picture before it is resized; 140 for
+    aligned CelebA. 0: the largest there is."""
+    channels: Literal[1, 3, 4] | None = None
+    """Channels of the images; by default what the files have."""
+    stream: bool = False
+    """hf: read the data set as a stream instead of downloading it first."""
+    shuffle_buffer: int = 4096
+    """--stream: so many images are held, as files, and shuffled at a time."""
+    corrupt_kind: Literal["gaussian", "salt_pepper", "missing", "jpeg", "outliers"] = "gaussian"
+    """How images are corrupted."""
     corrupt_fraction: float = 0.9
     """Share of the training images that are corrupted, once and for all."""
     corrupt_sigma: float = 0.2
-    """Standard deviation of the corruption's Gaussian noise; data range is [-1, 1]."""
+    """gaussian: standard deviation of the noise; data range is [-1, 1]."""
+    corrupt_pixels: float = 0.1
+    """salt_pepper, missing: share of the pixels that are hit."""
+    corrupt_quality: int = 10
+    """jpeg: quality, 1 to 95."""
+    corrupt_with: Path | None = None
+    """outliers: images, of any form that --data-dir may have, that replace those of the set."""
     point_noise: Literal["clean", "inlier", "outlier"] = "inlier"
     """How the 3-D sets are spoilt: wider sampling, or points of a uniform grid."""
     point_noise_level: float = 1.0
@@ -112,6 +131,8 @@ class TrainConfig:
     t * 1000 / timesteps, as is the default there, and not t."""
     allow_pickle: bool = False
     """init_from: read pickle files (.pt, .bin) too; tensors only, no code is run."""
+    freeze: tuple[str, ...] = ()
+    """Names of parameters that stay as they are, with * and ?: down_blocks.* time_embedding.*"""
     pretrained: Annotated[dict | None, tyro.conf.Suppress] = None
     """What init_from led to: source, sha256, arguments of the UNet, schedule. Not set by hand."""
 
@@ -212,9 +233,10 @@ class TrainConfig:
     """Check everything, print the plan and the memory estimate, and stop."""
 
     def __post_init__(self):
-        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range"):
+        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range",
+                     "freeze"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("data_dir", "out", "config"):
+        for name in ("data_dir", "corrupt_with", "out", "config"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value))
@@ -228,17 +250,25 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "steps", "timesteps", "resolution", "num_points",
                      "layers_per_block", "norm_groups", "mlp_width", "mlp_depth", "log_every",
                      "keep_last", "num_samples", "preview_steps", "final_steps", "max_skipped",
-                     "subspace_rank", "reg_every"):
+                     "subspace_rank", "reg_every", "shuffle_buffer"):
             need(getattr(self, name) >= 1, name, "it must be at least 1")
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
                      "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
-                     "point_noise_level", "subspace_noise_dims", "seed", "checkpoint_minutes"):
+                     "point_noise_level", "subspace_noise_dims", "seed", "checkpoint_minutes",
+                     "crop"):
             need(getattr(self, name) >= 0, name, "it must not be negative")
-        for name in ("corrupt_fraction", "max_bad"):
+        for name in ("corrupt_fraction", "corrupt_pixels", "max_bad"):
             need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")
         for name in ("reg_fraction", "attack_fraction", "at_last"):
             need(0 < getattr(self, name) <= 1, name, "it is a share, above 0 and up to 1")
         need(0 <= self.holdout < 1, "holdout", "it is a share, from 0 to below 1")
+        need(1 <= self.corrupt_quality <= 95, "corrupt_quality", "it must be from 1 to 95")
+        if self.corrupt_kind == "outliers":
+            need(self.corrupt_with is not None, "corrupt_with",
+                 "name the images that outliers are taken from")
+        else:
+            need(self.corrupt_with is None, "corrupt_with",
+                 f"corrupt_kind {self.corrupt_kind!r} uses none; --corrupt-kind outliers does")
         need(0 <= self.dropout < 1, "dropout", "it is a probability, from 0 to below 1")
         need(self.lr > 0, "lr", "it must be positive")
         need(self.seed < 2**32, "seed", "it must be below 2**32")
@@ -298,8 +328,9 @@ PRESETS: dict[str, dict] = {
     "cifar10-iddpm": dict(_CIFAR, block_channels=(128, 256, 256, 256), layers_per_block=3,
                           attention_resolutions=(16, 8), attention_head_dim=64, dropout=0.3,
                           scale_shift_norm=True),
-    "celeba64": dict(_CIFAR, data="images", resolution=64, block_channels=(128, 256, 384, 512),
-                     layers_per_block=3, attention_resolutions=(16, 8), attention_head_dim=64,
+    "celeba64": dict(_CIFAR, data="images", resolution=64, crop=140,
+                     block_channels=(128, 256, 384, 512), layers_per_block=3,
+                     attention_resolutions=(16, 8), attention_head_dim=64,
                      scale_shift_norm=True, dropout=0.1),
     "imagenet64": dict(_CIFAR, data="images", resolution=64, steps=500_000,
                        block_channels=(128, 256, 384, 512), layers_per_block=3,
@@ -315,6 +346,11 @@ PRESETS: dict[str, dict] = {
                    steps=20_000, warmup_steps=500, ema_rates=(0.999,),
                    sample_every=1000, checkpoint_every=1000, log_every=50, clip_samples=True,
                    final_steps=100),
+    # Robust fine-tuning of a model named by --init-from, on noisy pictures. docs/pretrained.md says
+    # why these values.
+    "finetune": dict(data="images", corrupt_fraction=0.0, lr=2e-5, warmup_steps=500,
+                     batch_size=128, steps=10_000, ema_rates=(0.999,), sample_every=1000,
+                     checkpoint_every=1000, log_every=50, final_steps=100),
 }
 
 

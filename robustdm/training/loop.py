@@ -139,6 +139,7 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
             config,
             data=trainer.data.identity(),
             parameters=trainer.parameters,
+            trained=trainer.trained,
             memory_estimate=estimate,
         )
         with Progress(
@@ -180,6 +181,8 @@ class _Session:
         self.first_step = trainer.step
         self.saved = self.started
         self.compile_s: float | None = None
+        self.waited = 0.0
+        self.logged = self.started
         self.line: tuple[Callable[[], dict], Tensor] | None = None
 
     def warn(self, text: str) -> None:
@@ -204,8 +207,11 @@ class _Session:
             stream = itertools.chain([first], stream)
         stopped = None
         self.progress.restart()
+        self.logged = time.monotonic()
         while trainer.step < config.steps and stopped is None:
+            begin = time.monotonic()
             x0, indices = next(stream)
+            self.waited += time.monotonic() - begin
             trainer.train_step(x0)
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
@@ -285,7 +291,9 @@ class _Session:
         """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
         self.line = trainer.close_window(), indices
-        self.extras: dict = {}
+        now = time.monotonic()
+        self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
+        self.waited = 0.0
         if (rate := self.progress.img_per_s) is not None:
             self.extras["img_per_s"] = rate
         if sampled or trainer.step == self.config.steps:
@@ -296,6 +304,7 @@ class _Session:
             with contextlib.suppress(_Interrupted):
                 samples = self._sample("ddim", self.config.preview_steps)
                 self.extras["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+        self.logged = time.monotonic()  # what samples take is not the data's
 
     def _write_line(self) -> None:
         if self.line is None:
@@ -330,7 +339,8 @@ class _Session:
         self.reference = {name: data.measure(torch.from_numpy(a)) for name, a in arrays.items()}
         np.savez_compressed(self.run_dir.samples / "reference.npz", **arrays)
         level = self.reference["train"].get("noise_level", 1.0)
-        if level < CLEAN_NOISE_LEVEL and self.config.objective != "ddpm":
+        spoilt = "clean" in arrays and self.config.corrupt_kind != "gaussian"  # but not by noise
+        if level < CLEAN_NOISE_LEVEL and not spoilt and self.config.objective != "ddpm":
             self.warn(
                 f"the training images look clean (median noise sd {level:.3f}): there the robust "
                 "objective costs quality (FID 29 against 7 in the paper); --objective ddpm does not"
@@ -435,9 +445,10 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
            for key, value in estimate.items()}
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
+    trained = f", {trainer.trained:,} of them trained" if config.freeze else ""
     lines = (
         f"data       {trainer.data.describe()}",
-        f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters",
+        f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters{trained}",
         f"objective  {config.objective}, lambda {config.lam} ({config.lambda_mode}), "
         f"{trainer.schedule.name} schedule",
         f"training   {config.steps} steps of {config.batch_size} items{pieces}, "

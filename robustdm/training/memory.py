@@ -29,7 +29,7 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
 
     Returns:
         ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
-        ``total``.
+        ``total``. Of frozen parameters, activations are counted as if they were not.
     """
     with FakeTensorMode(), torch.device(resolve_device(config.device)):
         model = build_model(config, shape)
@@ -56,10 +56,11 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
         activations *= 2
     # While noise is drawn, about eight int64 words per element of the batch are alive.
     activations += 64 * x.numel()
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights = parameters * (4 + len(config.ema_rates))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = size * (1 + len(config.ema_rates)) + 3 * trained
     if config.precision == "bf16":
-        weights += parameters  # working weights and their gradients, of half the size each
+        weights += (size + trained) // 2  # working weights and their gradients
     return {"weights": weights, "activations": activations, "total": weights + activations}
 
 

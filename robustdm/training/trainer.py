@@ -47,6 +47,7 @@ class Trainer:
 
     Attributes:
         origin: the model that the weights started from, in a few lines; "" if there is none.
+        parameters, trained: numbers of the network, all and those that training changes.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         self._seeded_dropout = bool(unfused_dropout(self.network))
         self._graph: StepGraph | None = None
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.step = 0
         self.elapsed = 0.0
         self.lr = 0.0

@@ -1,0 +1,216 @@
+"""Entry point: `python -m robustdm.data PATH` looks at a data set before anything is trained on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from robustdm.cli import guard
+from robustdm.errors import UsageError
+from robustdm.training.config import TrainConfig, preset_values
+
+# Images that mean and deviation are taken over, drawn at random; more of them change no digit.
+_SAMPLE = 4096
+_PAIRS = 32
+_LARGEST = 256
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data, and what to do with them. Flags that training has too mean what they mean there.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """A folder, zip, lmdb, .npy, .npz, CIFAR archive, or hf:NAME[:SPLIT]."""
+    data: Literal["images", "cifar10", "cifar100"] = "images"
+    """What it is; images finds out, but for CIFAR in folders."""
+    resolution: int | None = None
+    """Side of the images in pixels; by default that of most of them, at most 256."""
+    crop: int = 0
+    """Side of the square cut out of the middle of every picture before it is resized."""
+    channels: Literal[1, 3, 4] | None = None
+    """Channels of the images; by default what the files have."""
+    stream: bool = False
+    """hf: read the data set as a stream."""
+    shuffle_buffer: int = 4096
+    """--stream: so many images are shuffled at a time."""
+    corrupt_kind: Literal["gaussian", "salt_pepper", "missing", "jpeg", "outliers"] = "gaussian"
+    """How images are corrupted."""
+    corrupt_fraction: float = 0.9
+    """Share of the images that are corrupted."""
+    corrupt_sigma: float = 0.2
+    """gaussian: standard deviation of the noise; data range is [-1, 1]."""
+    corrupt_pixels: float = 0.1
+    """salt_pepper, missing: share of the pixels that are hit."""
+    corrupt_quality: int = 10
+    """jpeg: quality, 1 to 95."""
+    corrupt_with: Path | None = None
+    """outliers: images that replace those of the set."""
+    seed: int = 0
+    """Decides the corruption, and which images are shown."""
+    preview: Path | None = None
+    """Write a grid of images here, each beside what training sees of it."""
+    speed: bool = False
+    """Measure how many images per second are read for training."""
+    batch_size: int = 64
+    """--speed: images per step."""
+    workers: int = 4
+    """--speed: processes that decode."""
+    resident_gib: float = 8.0
+    """--speed: sets up to this size (as uint8) are held on the device; 0 reads while training."""
+    flip: bool = False
+    """--speed: flip images left to right at random."""
+    seconds: float = 10.0
+    """--speed: how long to measure."""
+    device: str = "auto"
+    """--speed: where the images go: auto, cpu, cuda or cuda:N."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, look, print.
+
+    Raises:
+        UsageError: for a wrong flag, or a path without images.
+        RunError: if reading fails.
+    """
+    look(tyro.cli(
+        DataConfig, args=argv, prog="python -m robustdm.data",
+        description="Counts, sizes and broken files of a data set, and how it looks corrupted.",
+    ))
+
+
+def look(config: DataConfig) -> dict:
+    """Print what a data set is; write a preview and measure its speed if asked for.
+
+    Returns:
+        What was printed, by name.
+
+    Raises:
+        UsageError: for a wrong setting, or a path without images.
+        RunError: if reading fails.
+    """
+    import torch
+
+    from robustdm.data.images import image_data, open_images
+    from robustdm.random import shuffled
+
+    if config.seconds <= 0:
+        raise UsageError(f"seconds is {config.seconds}: it must be positive")
+    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(DataConfig)}
+    values = {name: getattr(config, name) for name in shared} | dict(
+        data_dir=config.path, block_channels=(32,), holdout=0.0, max_bad=1.0,
+        resolution=config.resolution or 32)
+    train = TrainConfig(**preset_values("folder") | values)
+    path, images = open_images(train)
+    sizes = _sizes(images)
+    if config.resolution is None:
+        sides = Counter()
+        for size, count in sizes.items():
+            sides[config.crop or min(size)] += count
+        train = replace(train, resolution=min(_LARGEST, sides.most_common(1)[0][0]))
+    data = image_data(train, (path, images))
+    indices = shuffled(config.seed, 0, len(data))[:_SAMPLE]
+    # In pieces: large pictures of a folder are decoded here.
+    clean = torch.cat([data.clean(piece) for piece in indices.split(256)])
+    pixels = clean.double().transpose(0, 1).flatten(1)
+    found = {
+        "data": data.describe(),
+        "stored sizes": _sizes_text(sizes),
+        "channels": data.shape[0],
+        "mean": [round(v, 4) for v in pixels.mean(dim=1).tolist()],
+        "std": [round(v, 4) for v in pixels.std(dim=1, correction=0).tolist()],
+        "broken": len(data.quarantine),
+    }
+    for name, value in found.items():
+        of = f" (data range [-1, 1], over {len(clean)} images)" if name in ("mean", "std") else ""
+        print(f"{name:<13} {value}{of}")
+    for name, reason in data.quarantine[:20]:
+        print(f"  {name}: {reason}")
+    if len(data.quarantine) > 20:
+        print(f"  and {len(data.quarantine) - 20} more")
+    if config.preview is not None:
+        _write_preview(config.preview, data, indices[:_PAIRS])
+        print(f"preview       {config.preview}: each image beside what training sees of it")
+    if config.speed:
+        found["img_per_s"] = _speed(config, data, train)
+        print(f"loader        {found['img_per_s']:,.0f} img/s in batches of {config.batch_size}, "
+              f"{_how(data, config)}")
+    return found
+
+
+def _sizes(images) -> Counter:
+    """How many images there are of each (width, height) as stored."""
+    if hasattr(images, "shape"):
+        count, _, height, width = images.shape
+        return Counter({(width, height): count})
+    return getattr(images, "pictures", images).sizes
+
+
+def _sizes_text(sizes: Counter) -> str:
+    shown = ", ".join(f"{width}x{height}: {count}" for (width, height), count in
+                      sizes.most_common(3))
+    if len(sizes) <= 3:
+        return shown
+    short = [min(size) for size in sizes]
+    return f"{shown}, {len(sizes) - 3} others; short sides from {min(short)} to {max(short)}"
+
+
+def _write_preview(path: Path, data, indices) -> None:
+    import torch
+
+    from robustdm.images import save_grid
+
+    pairs = torch.stack([data.clean(indices), data.batch(indices)], 1).flatten(0, 1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(path, pairs, columns=8)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"preview is {str(path)!r}: it cannot be written ({error})") from None
+
+
+def _speed(config: DataConfig, data, train: TrainConfig) -> float:
+    """Images per second of the training stream, after the workers have started."""
+    import torch
+
+    from robustdm.data import batches
+
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"device is {config.device!r}, which is not here: use cpu") from None
+    stream = batches(data, train, 0, device)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    for _ in range(_WARM_UP):
+        next(stream)
+    begin, count = wait(), 0
+    while time.perf_counter() < begin + config.seconds:
+        next(stream)
+        count += config.batch_size
+    return count / (wait() - begin)
+
+
+def _how(data, config: DataConfig) -> str:
+    if getattr(data, "resident", False):
+        return "held in memory: they are corrupted where the step diffuses them"
+    return f"decoded by {config.workers} workers" if config.workers else "decoded in this process"
+
+
+if __name__ == "__main__":
+    guard(main)
