@@ -122,9 +122,9 @@ class TrajectoryAttack:
         for name in ("iterations", "draws"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.eot_loss == "printed" and self.objective != "mu":
-            raise UsageError(f"objective is {self.objective!r}: the printed eot_loss compares with "
-                             "the state and takes 'mu'")
+        if self.method == "eot" and self.objective != "mu":
+            raise UsageError(f"objective is {self.objective!r}: eot compares states, with noise on "
+                             "them, and takes 'mu'")
         if not (math.isfinite(self.size) and self.size >= 0):
             raise UsageError(f"size is {self.size}: it must be a finite number, 0 or more")
         if not (math.isfinite(self.phi) and self.phi > 0):

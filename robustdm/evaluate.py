@@ -177,7 +177,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     own = {}
     if generator is not None and generator.data is not None:
         data = generator.data
-        everything = torch.arange(len(data))
+        everything = torch.arange(min(len(data), evaluation.affordable(shape)))
         own = {"samples": data.measure(samples), "training data": data.measure(
             data.batch(everything)), "clean data": data.measure(data.clean(everything))}
     record = {

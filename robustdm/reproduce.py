@@ -46,14 +46,14 @@ class Study:
 _ALL = ("tiny", "small", "full")
 STUDIES = {
     "fig2": Study("flow:fig2", "on 3-D sets with noise, robust_adv finds the data, DDPM the noise, "
-                  "and invariance diverges", 6, ("tiny",)),
+                  "and invariance diverges", 7, ("tiny",)),
     "fig3": Study("denoising:fig3", "on a known subspace, robust models leave less noise, and "
                   "invariance fails", 14, _ALL, features=False),
     "fig6-left": Study("memorisation:fig6_left", "robust models memorise less", 11, _ALL),
     "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 3,
                         ("tiny",)),
     "fig7": Study("denoising:fig7", "lambda trades noise for smoothing", 11, _ALL),
-    "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 6, _ALL),
+    "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 10, _ALL),
     "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 13, _ALL),
     "table2": Study("denoising:table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 11,
                     _ALL),
@@ -65,9 +65,9 @@ STUDIES = {
                       _ALL),
     "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 70,
                              ("tiny",)),
-    "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 13),
-    "invitro": Study("invitro:run", "all objectives on the 3-D sets", 10),
-    "digits": Study("digits:run", "all objectives on handwritten digits", 50),
+    "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 14),
+    "invitro": Study("invitro:run", "all objectives on the 3-D sets", 12),
+    "digits": Study("digits:run", "all objectives on handwritten digits", 60),
     "lambda-mode": Study("lambda_mode:run", "which reading of lambda_t should be the default", 45,
                          takes=("butterflies",)),
     "approximations": Study("approximations:run", "what cheaper training than the exact method "
@@ -87,13 +87,14 @@ class ReproduceConfig:
     """tiny: two CPU cores, 15 minutes at most; small: CIFAR-10 with a small network, for a GPU;
     full: the paper's protocol. tiny if not given, and for the project's own studies."""
     seeds: int = 3
-    """Repeats of every arm, with seeds 0, 1, ..."""
+    """Repeats of every arm, with seeds 0, 1, ...; a single one gives values but no verdicts."""
     steps: int | None = None
     """Optimizer steps of every arm; by default the study's own."""
     jobs: int = 0
     """Arms trained side by side; 0 is one per CPU core, or one on a GPU."""
     fresh: bool = False
-    """Use no arms that are kept from before; they are moved aside, not deleted."""
+    """Use no arms that are kept from before: all that lie beside the results, of other studies
+    too, are moved aside."""
     out: Path | None = None
     """Directory of the results; by default runs/reproduce/NAME, with -SCALE but for tiny. Trained
     arms stay beside it."""

@@ -297,7 +297,7 @@ def test_attacks_raise_the_objective_over_the_random_control_in_every_batch():
     (dict(iterations=0), "iterations is 0"),
     (dict(objective="x0"), "objective is 'x0'"),
     (dict(eot_loss="other"), "eot_loss is 'other'"),
-    (dict(objective="eps", eot_loss="printed"), "objective is 'eps': the printed eot_loss"),
+    (dict(method="eot", objective="eps"), "objective is 'eps': eot compares states"),
 ])
 def test_bad_settings_are_named(fields, words):
     with pytest.raises(UsageError, match=words):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from robustdm import UsageError
+from robustdm.baselines import blur
 from robustdm.features import CifarResNet
 from robustdm.models import PointMLP
 from robustdm.reproduce import STUDIES, main
@@ -48,7 +49,7 @@ from robustdm.studies.runner import (
     run_arm,
     summarise,
 )
-from robustdm.studies.tradeoff import equal_signal_claim, shrunk_noise
+from robustdm.studies.tradeoff import at_equal_signal, equal_signal_claim
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 
@@ -303,7 +304,7 @@ def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
 def test_figure_3(tmp_path, monkeypatch, capsys):
     arms, claims, page = paper_study("fig3", tmp_path, monkeypatch, seeds=2)
     rows = {(r["group"], r["name"]) for r in arms}
-    assert len(rows) == 16 + 3 and len(arms) == 2 * 19, "arms, and the data themselves"
+    assert len(rows) == 20 + 3 and len(arms) == 2 * 23, "arms, and the data themselves"
     assert {n for g, n in rows if "90 %" in g} >= {
         "DDPM, shrunk 0.1", "DDPM, stopped early", "invariance, lam 0.03"}
     ddpm, shrunk = (next(r for r in arms if r["name"] == n and "90 %" in r["group"])
@@ -493,6 +494,8 @@ def test_a_verdict_needs_an_interval_on_one_side_of_the_limit():
     assert ratio_claim("x", [0.98, 0.981, 0.982], ones, at_least=0.8, at_most=1.25).holds
     assert ratio_claim("x", [0.1, 0.11, 0.12], ones, at_least=0.8, at_most=1.25).holds is False
     assert ratio_claim("x", [2.0], [4.0]).verdict == "undecided", "one seed decides nothing"
+    # A ratio to a noise that is not there would be of any size and sign.
+    assert not ratio_claim("x", [0.3, 0.2, 0.3], [-0.1, 0.1, 0.1]).tested
     # Differences may be negative: the interval is then Student's of the values themselves.
     low, high = interval([-1.0, 0.0, 1.0])
     assert low == pytest.approx(-4.303 / 3**0.5, rel=1e-3) and high == -low
@@ -514,11 +517,19 @@ def test_noise_of_a_shrunk_network_at_equal_signal():
     records = [record("DDPM", 1.0, 1.0), record("DDPM, shrunk 0.1", 0.01, 0.8),
                record("DDPM, blurred", 5.0, 0.9), record("robust", 0.2, 0.9),
                record("too much", 0.1, 0.5)]
-    assert shrunk_noise(records, "g", "robust", "n", "s") == [pytest.approx(0.1)]
+    assert at_equal_signal(records, "g", "robust", "n", "s") == [pytest.approx(0.1)]
     claim = equal_signal_claim(records, "g", "robust", "n", "s")
     assert claim.value.startswith("2;") and claim.target == "at most 0.95"
-    assert shrunk_noise(records, "g", "too much", "n", "s") is None
+    assert at_equal_signal(records, "g", "too much", "n", "s") is None
     assert equal_signal_claim(records, "g", "too much", "n", "s").verdict.startswith("not tested")
+    # A measure of signal that does not fall with the strength is none.
+    turned = [*records, record("DDPM, shrunk 0.3", 0.001, 0.85)]
+    assert at_equal_signal(turned, "g", "robust", "n", "s") is None
+    # Samples that are smoother than clean ones have no noise to compare.
+    smooth = [*records, record("smooth", -0.1, 0.9)]
+    assert not equal_signal_claim(smooth, "g", "smooth", "n", "s").tested
+    assert at_equal_signal([*records, record("DDPM, shrunk 0.2", -0.1, 0.7)], "g", "robust", "n",
+                           "s") is None
 
 
 @pytest.fixture
@@ -542,7 +553,8 @@ def images(tmp_path, monkeypatch):
 
 def test_images_have_every_baseline_and_a_sheet(images):
     claims = denoising.table2(images)
-    assert {c.text.rsplit("/ ", 1)[1] for c in claims if "not in the paper" in c.text} == {
+    others = {c.text.rsplit("/ ", 1)[1] for c in claims if "not in the paper" in c.text}
+    assert {name.split(" (")[0] for name in others} == {
         "DDPM, shrunk 0.1", "DDPM, shrunk 0.3", "DDPM, stopped early", "DDPM, blurred",
         "DDPM, equal work", "DDPM shrunk until it keeps as much signal"}
     assert (images.out / "samples.png").exists()
@@ -551,8 +563,26 @@ def test_images_have_every_baseline_and_a_sheet(images):
     rows = {(r["group"], r["name"]): r["measures"] for r in json.loads(
         (images.out / "results.json").read_text())["arms"]}
     noisy = "90 % with sigma 0.2"
-    assert rows[noisy, "clean data, drawn anew"]["noise_excess"] == 0.0
+    assert abs(rows[noisy, "clean data, drawn anew"]["noise_excess"]) < 0.1
     assert rows[noisy, "training data"]["noise_excess"] == pytest.approx(0.19, abs=0.06)
+    assert rows[noisy, "training data"]["signal"] == pytest.approx(1, abs=0.15)
+
+
+def test_noise_and_signal_of_images_are_told_apart():
+    """Noise of a known strength; half the contrast; a blur."""
+    g = torch.Generator().manual_seed(0)
+    clean = torch.rand(400, 3, 4, 4, generator=g).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    truth = scales.ImageTruth.of(clean)
+    same = truth.measure(clean)
+    assert same["noise_excess"] == 0 and same["signal"] == pytest.approx(1, abs=1e-3)
+    noisy = truth.measure(clean + 0.3 * torch.randn(clean.shape, generator=g))
+    assert noisy["noise_excess"] == pytest.approx(0.3, rel=0.15)
+    assert noisy["signal"] == pytest.approx(1, abs=0.06), "noise is not signal"
+    flat = truth.measure(0.5 * clean)
+    assert flat["signal"] == pytest.approx(0.5, abs=1e-3) and flat["noise_excess"] <= 0
+    textured = clean + 0.2 * torch.randn(clean.shape, generator=g)
+    smooth = scales.ImageTruth.of(textured).measure(blur(textured, 1.0))
+    assert smooth["noise_excess"] < -0.1, "texture that is gone is no negative noise to divide by"
 
 
 def test_figure_3_on_images(images):

@@ -125,13 +125,14 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearness(similarity: Tensor) -> dict[str, float]:
-    """Measures of how near samples are to single training images: mean, shares, percentiles.
+    """How near samples are to single training images: mean, deviation, shares, percentiles.
 
     Args:
         similarity: (N,) cosine similarity of each to its nearest training image.
     """
     return {
         "mean": similarity.mean().item(),
+        "sd": similarity.std(correction=0).item(),
         **{f"share >= {t:g}": (similarity >= t).double().mean().item() for t in THRESHOLDS},
         "1st percentile": similarity.quantile(0.01).item(),
         "99th percentile": similarity.quantile(0.99).item(),

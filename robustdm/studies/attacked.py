@@ -114,7 +114,6 @@ def fig8(scale: Scale) -> list[Claim]:
                             label=f"{name}, {method}")
         ax.set(xlabel="share of steps attacked", title=measure)
     axes[0, 0].legend(fontsize=6)
-    signal = ["signal"] if scale.signal else []
     factor = statistics.fmean(rise("robust_adv", "fgsm", 1.0, True)) / statistics.fmean(
         rise("DDPM", "fgsm", 1.0, True))
     paper = {f"{name}, {method}": dict(zip(("25%", "50%", "75%", "100%"), map(str, numbers),
@@ -123,7 +122,7 @@ def fig8(scale: Scale) -> list[Claim]:
     return write_page(
         scale.out, f"Figure 8: attacks on the trajectory ({scale.name})",
         {"the paper, CIFAR-10, FID": paper,
-         **tables(records, ["frechet", *signal, scale.noise, "precision", "recall"])},
+         **tables(records, ["frechet", "signal", scale.noise, "precision", "recall"])},
         claims, records, (
             *scale.differs, f"{scale.attacked_samples:,} samples by "
             f"{scale.attacked_steps or 1000} steps."), (

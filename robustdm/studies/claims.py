@@ -79,21 +79,20 @@ def interval(values: Sequence[float], ratio: bool = False) -> tuple[float, float
     """Student's interval of confidence ``CONFIDENCE`` for the mean over seeds.
 
     Args:
-        ratio: that of the logarithms, so that a ratio and its inverse are judged alike. Values that
-            are not all positive have none.
+        values: positive, if they are ratios.
+        ratio: that of the logarithms, so that a ratio and its inverse are judged alike.
 
     One seed says nothing: the interval is then unbounded.
     """
     from scipy.stats import t
 
     x = np.asarray(values, dtype=float)
-    logs = ratio and bool((x > 0).all())
     if len(x) < 2:
-        return (0.0 if logs else -np.inf), np.inf
-    x = np.log(x) if logs else x
+        return (0.0 if ratio else -np.inf), np.inf
+    x = np.log(x) if ratio else x
     half = t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
     low, high = x.mean() - half, x.mean() + half
-    return (float(np.exp(low)), float(np.exp(high))) if logs else (float(low), float(high))
+    return (float(np.exp(low)), float(np.exp(high))) if ratio else (float(low), float(high))
 
 
 def judge(
@@ -124,7 +123,7 @@ def judge(
         target = f"at least {at_least:g}"
     else:
         target = f"{at_least:g} to {at_most:g}"
-    within = f"95 % in {low:.3g} to {high:.3g}" if len(values) > 1 else "one seed"
+    within = f"95 % in {low:.3g} to {high:.3g}" if len(values) > 1 else "one seed gives no verdict"
     return Claim(text, f"{spread(values)}; {within}", target, holds, paper)
 
 
@@ -134,8 +133,11 @@ def ratio_claim(
 ) -> Claim:
     """A claim on the ratio of two measures, a value per seed; see ``judge``.
 
-    Without limits: smaller by ``EFFECT`` at least.
+    Without limits: smaller by ``EFFECT`` at least. Not tested where a measure is not positive, such
+    as the noise of samples that are smoother than clean ones.
     """
+    if min(*above, *below) <= 0:
+        return untested(f"{text} (a measure is not positive)", paper)
     if at_most is None and at_least is None:
         at_most = 1 - EFFECT
     ratios = [a / b for a, b in zip(above, below, strict=True)]

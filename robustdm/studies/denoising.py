@@ -28,7 +28,14 @@ from robustdm.studies.claims import (
     untested,
 )
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import EQUAL_WORK, Arm, load_samples, summarise
+from robustdm.studies.runner import (
+    EQUAL_WORK,
+    SHRUNK_LAM,
+    SHRUNK_SWEEP,
+    Arm,
+    load_samples,
+    summarise,
+)
 from robustdm.studies.scales import (
     BLURRED,
     METHODS,
@@ -44,9 +51,10 @@ from robustdm.training.run import schedule_of
 
 SIGMAS = (0.1, 0.2)
 READ = (
-    "The noise column is what samples carry where clean data have none (of images: how far their "
-    "white-noise estimate lies above that of clean images, whose texture counts too). Signal is "
-    "their standard deviation over the truth's, 1 is right. Recall, the share of clean data that "
+    "The noise column is what samples carry where clean data have none (of images: the white noise "
+    "beyond what the texture of clean images is taken for; negative where samples are smoother). "
+    "Signal is their standard deviation over the truth's, 1 is right (of images: along the leading "
+    "principal axes of clean ones, noise taken off). Recall, the share of clean data that "
     "lies among the samples, rises with noise and falls with shrinkage; coverage, the share that "
     "has a sample near, falls with both. A method that shrinks everything improves noise and "
     "distance, so read them together.",
@@ -57,7 +65,7 @@ READ = (
     "if the noise had the variance that robust training with this lam makes it assume. DDPM, "
     "stopped early ends the chain at the corruption's strength, which it is told. DDPM, equal work "
     "is trained for 8/3 of the steps. Equal signal: the shrunk DDPM is interpolated between its "
-    "strengths to keep as much signal (of images: coverage) as the arm it stands beside.",
+    "strengths to keep as much signal as the arm it stands beside.",
 )
 FEWER = (300, 500, 1000)
 CURVE = (50, 100, 300, 500, 1000)
@@ -72,7 +80,7 @@ def tables(records: Sequence[dict], columns: Sequence[str]) -> dict[str, dict]:
 
 def columns_of(scale: Scale) -> list[str]:
     """Of every table that claims denoising."""
-    signal = ["signal", scale.signal[-1]] if scale.signal else []
+    signal = ["signal", *scale.signal[-1:]]
     return ["frechet", scale.noise, *signal, "precision", "recall", "coverage", "inception_score"]
 
 
@@ -101,7 +109,7 @@ def against_baselines(records: Sequence[dict], group: str, scale: Scale) -> list
             for name in names
             for words, measure in (("distance", "frechet"), ("noise left", scale.noise))
             if measure == "frechet" or name not in SHRUNK.values()
-            ] + [equal_signal_claim(records, group, "robust_adv", scale.noise, scale.kept)]
+            ] + [equal_signal_claim(records, group, "robust_adv", scale.noise, "signal")]
 
 
 def fig3(scale: Scale) -> list[Claim]:
@@ -115,7 +123,8 @@ def fig3(scale: Scale) -> list[Claim]:
         for seed in range(scale.seeds):
             arms += [scale.arm(noise_name(s), name, fields | corrupted(s), seed)
                      for name, fields in methods.items()]
-            arms += scale.baselines(noise_name(s), corrupted(s), seed, s)
+            arms += scale.baselines(noise_name(s), corrupted(s), seed, s,
+                                    SHRUNK_SWEEP if s else SHRUNK_LAM)
     records = scale.run(arms)
     records += scale.references(arms)
     for record in records:
@@ -209,7 +218,8 @@ def table1(scale: Scale) -> list[Claim]:
         for sigma in SIGMAS:
             arms += [scale.arm(noise_name(sigma), name, fields | corrupted(sigma), seed)
                      for name, fields in METHODS.items()]
-            arms += scale.baselines(noise_name(sigma), corrupted(sigma), seed, sigma)
+            arms += scale.baselines(noise_name(sigma), corrupted(sigma), seed, sigma,
+                                    SHRUNK_SWEEP)
         for name in ("DDPM", "robust_adv"):
             fields = METHODS[name] | corrupted(0.0)
             arms += [scale.arm(f"{clean}, {sampler}", f"{name}, {steps} steps", fields, seed,
@@ -314,7 +324,8 @@ def table2(scale: Scale) -> list[Claim]:
                     label = name if sampler == "ddpm" else f"{name}, DDIM"
                     arms.append(scale.arm(noise_name(sigma), label, METHODS[name] |
                                           corrupted(sigma), seed, sampler=sampler))
-            arms += scale.baselines(noise_name(sigma), corrupted(sigma), seed, sigma)
+            arms += scale.baselines(noise_name(sigma), corrupted(sigma), seed, sigma,
+                                    SHRUNK_SWEEP if sigma else SHRUNK_LAM)
     records = scale.run(arms)
     records += scale.references(arms)
 
@@ -379,7 +390,7 @@ def fig7(scale: Scale) -> list[Claim]:
         return by_seed(records, noise_name(sigma), name, measure)
 
     def signal(sigma, lam):
-        return values(sigma, lam, scale.kept)
+        return values(sigma, lam, "signal")
 
     claims = [
         *(ratio_claim(f"sigma {sigma:g}: noise left, lam 0.3 / lam 0.1 ('0.1 leaves noise')",
@@ -424,16 +435,15 @@ def fig24(scale: Scale) -> list[Claim]:
     def values(sigma, stage, measure):
         return by_seed(records, noise_name(sigma), f"robust_adv, {stages[stage]} steps", measure)
 
-    signal = scale.kept
     claims = [
         ratio_claim("noisy data: noise left, late / early ('completely denoised' later)",
                     values(0.2, -1, scale.noise), values(0.2, 0, scale.noise), at_most=0.75,
                     paper="pictures only"),
         ratio_claim("noisy data: signal kept, late / early ('acquires its details')",
-                    values(0.2, -1, signal), values(0.2, 0, signal), at_least=1 + EFFECT,
+                    values(0.2, -1, "signal"), values(0.2, 0, "signal"), at_least=1 + EFFECT,
                     paper="pictures only"),
         ratio_claim("clean data: signal kept, late / early ('acquires its details')",
-                    values(0.0, -1, signal), values(0.0, 0, signal), at_least=1 + EFFECT,
+                    values(0.0, -1, "signal"), values(0.0, 0, "signal"), at_least=1 + EFFECT,
                     paper="pictures only"),
         ratio_claim("noisy data: noise left, late / middle ('not taking into account the noise')",
                     values(0.2, -1, scale.noise), values(0.2, 2, scale.noise), at_most=1.1,

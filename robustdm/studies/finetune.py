@@ -90,7 +90,7 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
     for arm, record in zip(todo, records, strict=True):
         record["measures"]["units"] = units(arm.config) * arm.config.steps
     records += scale.references(todo)
-    noise, kept = scale.noise, scale.kept
+    noise, kept = scale.noise, "signal"
 
     def values(name: str, measure: str) -> list[float]:
         return by_seed(records, group, name, measure)
@@ -159,7 +159,7 @@ def _first(shares: Sequence[float]) -> str:
 
 def _figure(scale: Scale, group: str, rows: dict):
     made, axes = plots.figure(1, 2, size=(4.8, 3.8))
-    for ax, measure in zip(axes[0], (scale.noise, scale.kept), strict=True):
+    for ax, measure in zip(axes[0], (scale.noise, "signal"), strict=True):
         for i, way in enumerate((*WAYS, SAME_TOTAL)):
             colour = plots.INK if way == SAME_TOTAL else plots.COLOURS[i]
             found = [rows[row(way, share)] for share in SHARES]

@@ -79,8 +79,10 @@ def fig2(scale: Scale) -> list[Claim]:
         for group, others in ((PLANE, ()), (GAUSSIANS, SHRUNK_LAM))
         for name in (EQUAL_WORK, *(f"DDPM, shrunk {lam:g}" for lam in others))
     ] + [
-        equal_signal_claim(records, PLANE, name, "distance", "in_plane_std")
+        equal_signal_claim(records, PLANE, name, measure, "in_plane_std", words)
         for name in (ADV, "robust_adv (x)")
+        for words, measure in (("distance from the plane", "distance"),
+                               ("sliced Wasserstein distance", "sliced_wasserstein"))
     ] + [
         claim(f"{group}: error of the score at {words} points, {ADV} / DDPM ('more consistent "
               "scores')", group, measure) for group in invitro.SETS

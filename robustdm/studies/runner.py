@@ -41,6 +41,8 @@ EQUAL_WORK = "DDPM, equal work"
 _IDLE = {"crop": 0, "channels": None, "stream": False, "shuffle_buffer": 4096,
          "corrupt_kind": "gaussian", "corrupt_pixels": 0.1, "corrupt_quality": 10,
          "corrupt_with": None, "freeze": ()}
+KEPT = 2500
+"""Samples of an arm that stay on disk."""
 ADV_UNITS, DDPM_UNITS = 8, 3
 """Work of a step in forward passes; see ``Objective.units``."""
 
@@ -178,6 +180,7 @@ def _train(arm: Arm, kept: Path, data: Data) -> dict:
         "train_s": time.perf_counter() - begin,
         # What other work on the machine does not stretch.
         "train_cpu_s": time.process_time() - begin_cpu,
+        "trained_git": git_revision(),
     }
     weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
     save_file(weights, kept / f"{arm.training_key}.safetensors")
@@ -217,7 +220,7 @@ def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
         "config": arm.config.to_dict(),
         "git": git_revision(),
     }
-    save_file({"samples": samples.contiguous()}, kept / f"{arm.key}-samples.safetensors")
+    save_file({"samples": samples[:KEPT].clone()}, kept / f"{arm.key}-samples.safetensors")
     # Last: the record is what says that the arm is done.
     (kept / f"{arm.key}.json").write_text(json.dumps(record, indent=1))
     return record
@@ -277,10 +280,12 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
              [a for a in missing if first[a.training_key] is not a]]
     if records:
         print(f"{len(records)} of {len(arms)} arms are done already", flush=True)
-    others = {r["git"] for r in records.values()} - {git_revision()}
+    here = git_revision()
+    others = {r for record in records.values() for r in revisions(record)
+              if r != here or r.endswith("-dirty")}
     if others:
         print("some were made by another revision of the code "
-              f"({', '.join(sorted(str(r)[:10] for r in others))}): --fresh runs them again",
+              f"({', '.join(sorted(r[:10] for r in others))}): --fresh runs them again",
               flush=True)
     begin = time.perf_counter()
     for done, (arm, record) in enumerate(_finished(order, kept, jobs, threads), 1):
@@ -289,6 +294,11 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
         print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, seed {arm.config.seed}; "
               f"at most {duration(left)} left", flush=True)
     return [records[arm] for arm in arms]
+
+
+def revisions(record: dict) -> set[str]:
+    """The revisions of the code that trained and that measured an arm, as far as known."""
+    return {record[key] for key in ("git", "trained_git") if record.get(key)}
 
 
 def _end_with(parent: int) -> None:
@@ -348,7 +358,7 @@ def _load_model(arm: Arm, kept: Path, data: Data) -> torch.nn.Module:
 
 
 def load_samples(arm: Arm, out: Path) -> torch.Tensor:
-    """The samples of a finished arm, as drawn."""
+    """The first ``KEPT`` samples of a finished arm, as drawn."""
     return load_file(arms_directory(out) / f"{arm.key}-samples.safetensors")["samples"]
 
 
@@ -376,6 +386,7 @@ def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], r
               if all(k in c and c[k] == v for c in configs)} if configs else {}
     results = {
         "provenance": provenance(),
+        "revisions": sorted(set().union(*map(revisions, records))),
         "claims": [dataclasses.asdict(claim) for claim in claims],
         "config": common,
         "arms": [record | ({"config": {k: v for k, v in record["config"].items()

@@ -13,39 +13,45 @@ from robustdm.studies.claims import Claim, Spread, by_seed, ratio_claim, unteste
 PLAIN, SHRUNK = "DDPM", "DDPM, shrunk "
 
 
+def _strength(name: str) -> float:
+    return 0.0 if name == PLAIN else float(name.removeprefix(SHRUNK))
+
+
 def _curve(names: Sequence[str]) -> list[str]:
-    return [n for n in dict.fromkeys(names) if n == PLAIN or n.startswith(SHRUNK)]
+    found = [n for n in dict.fromkeys(names) if n == PLAIN or n.startswith(SHRUNK)]
+    return sorted(found, key=_strength)
 
 
-def shrunk_noise(
-    records: Sequence[dict], group: str, name: str, noise: str, signal: str
+def at_equal_signal(
+    records: Sequence[dict], group: str, name: str, measure: str, signal: str
 ) -> list[float] | None:
-    """Noise of a DDPM that is shrunk until it keeps as much signal as an arm, a value per seed.
+    """A measure of a DDPM that is shrunk until it keeps as much signal as an arm, per seed.
 
-    Interpolated between the measured strengths, logarithmically in the noise; None where an arm
-    keeps less signal than the strongest or more than none.
+    Interpolated between the measured strengths, logarithmically in the measure; None where that
+    cannot be: an arm keeps less signal than the strongest or more than none, the signal does not
+    fall with the strength, or the measure is not positive.
     """
     curve = _curve([r["name"] for r in records if r["group"] == group])
-    x, y = (np.array([by_seed(records, group, n, m) for n in curve]).T for m in (signal, noise))
+    x, y = (np.array([by_seed(records, group, n, m) for n in curve]).T for m in (signal, measure))
     found = []
     for kept, xs, ys in zip(by_seed(records, group, name, signal), x, y, strict=True):
-        order = np.argsort(xs)
-        if not xs.min() <= kept <= xs.max():
+        if (np.diff(xs) >= 0).any() or (ys <= 0).any() or not xs[-1] <= kept <= xs[0]:
             return None
-        found.append(float(np.exp(np.interp(kept, xs[order], np.log(ys[order])))))
+        found.append(float(np.exp(np.interp(kept, xs[::-1], np.log(ys[::-1])))))
     return found
 
 
 def equal_signal_claim(
-    records: Sequence[dict], group: str, name: str, noise: str, signal: str
+    records: Sequence[dict], group: str, name: str, measure: str, signal: str,
+    words: str = "noise left",
 ) -> Claim:
-    """Whether an arm leaves less noise than a shrunk DDPM that keeps as much signal."""
-    text = (f"{group}, not in the paper: noise left, {name} / DDPM shrunk until it keeps as much "
+    """Whether an arm has less of a measure than a shrunk DDPM that keeps as much signal."""
+    text = (f"{group}, not in the paper: {words}, {name} / DDPM shrunk until it keeps as much "
             "signal")
-    shrunk = shrunk_noise(records, group, name, noise, signal)
+    shrunk = at_equal_signal(records, group, name, measure, signal)
     if shrunk is None:
-        return untested(f"{text} (outside the strengths tried)", "")
-    return ratio_claim(text, by_seed(records, group, name, noise), shrunk)
+        return untested(f"{text} (cannot be compared over the strengths tried)", "")
+    return ratio_claim(text, by_seed(records, group, name, measure), shrunk)
 
 
 def figure(
@@ -60,7 +66,7 @@ def figure(
     """
     made, axes = plots.figure(1, 1, size=(5.6, 4.0))
     ax = axes[0, 0]
-    curve = sorted(_curve(list(rows)), key=lambda n: rows[n][signal].mean)
+    curve = _curve(list(rows))
     ax.plot([rows[n][signal].mean for n in curve], [rows[n][noise].mean for n in curve],
             color=plots.INK, marker=".", linewidth=1, label="DDPM, shrunk (lam 0 to 0.5)")
     others = [n for n in rows if n not in curve and noise in rows[n] and signal in rows[n]]
