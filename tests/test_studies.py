@@ -430,9 +430,9 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "SHARES", (0.2, 0.5))
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 4 + 2 * 7 + 2 and page.count("<img") == 1
+    assert len(rows) == 8 + 2 * 7 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * 2 * 5 + 2 + 2 and "23.3" in page
+    assert len(claims) == 2 * 2 * 5 + 2 * 4 + 2 + 2 and "23.3" in page
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):
@@ -522,6 +522,8 @@ def test_noise_of_a_shrunk_network_at_equal_signal():
     assert claim.value.startswith("2;") and claim.target == "at most 0.95"
     assert at_equal_signal(records, "g", "too much", "n", "s") is None
     assert equal_signal_claim(records, "g", "too much", "n", "s").verdict.startswith("not tested")
+    more = [*records, record("more", 0.5, 1.2)]
+    assert at_equal_signal(more, "g", "more", "n", "s") == [1.0], "the plain DDPM's"
     # A measure of signal that does not fall with the strength is none.
     turned = [*records, record("DDPM, shrunk 0.3", 0.001, 0.85)]
     assert at_equal_signal(turned, "g", "robust", "n", "s") is None

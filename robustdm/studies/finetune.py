@@ -20,8 +20,9 @@ from robustdm.studies.approximations import units
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.denoising import sheet
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import Arm, baseline_arms, summarise
+from robustdm.studies.runner import SHRUNK_SWEEP, Arm, baseline_arms, summarise
 from robustdm.studies.scales import METHODS, Scale, corrupted
+from robustdm.studies.tradeoff import equal_signal_claim
 from robustdm.training.config import TrainConfig, preset_values
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -57,7 +58,7 @@ def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
         budget = units(whole.config) * whole.config.steps
         spent = units(plain.config) * plain.config.steps
         made += [plain, whole,
-                 *(a for a in baseline_arms(plain, 0.0) if "shrunk" in a.name)]
+                 *(a for a in baseline_arms(plain, 0.0, SHRUNK_SWEEP) if "shrunk" in a.name)]
         for share in SHARES:
             for way, fields in WAYS.items():
                 rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
@@ -113,6 +114,8 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
         sure = [s for s, both in found.items() if all(c.holds for c in both)]
         answers.append(f"{way}: within 10 % of from-scratch in the mean from a share of "
                        f"{_first(means)}; surely (95 % over seeds) from {_first(sure)}.")
+    claims += [equal_signal_claim(records, group, row(way, share), noise, kept)
+               for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in SHARES]
     claims += [ratio_claim(f"{row('robust_adv', share)}: noise left / robust_adv from scratch for "
                            "what both trainings cost", values(row("robust_adv", share), noise),
                            values(row(SAME_TOTAL, share), noise)) for share in SHARES]

@@ -27,15 +27,16 @@ def at_equal_signal(
 ) -> list[float] | None:
     """A measure of a DDPM that is shrunk until it keeps as much signal as an arm, per seed.
 
-    Interpolated between the measured strengths, logarithmically in the measure; None where that
-    cannot be: an arm keeps less signal than the strongest or more than none, the signal does not
-    fall with the strength, or the measure is not positive.
+    Interpolated between the measured strengths, logarithmically in the measure; that of the plain
+    DDPM for an arm that keeps even more than it. None where that cannot be: an arm keeps less
+    signal than the strongest, the signal does not fall with the strength, or the measure is not
+    positive.
     """
     curve = _curve([r["name"] for r in records if r["group"] == group])
     x, y = (np.array([by_seed(records, group, n, m) for n in curve]).T for m in (signal, measure))
     found = []
     for kept, xs, ys in zip(by_seed(records, group, name, signal), x, y, strict=True):
-        if (np.diff(xs) >= 0).any() or (ys <= 0).any() or not xs[-1] <= kept <= xs[0]:
+        if (np.diff(xs) >= 0).any() or (ys <= 0).any() or kept < xs[-1]:
             return None
         found.append(float(np.exp(np.interp(kept, xs[::-1], np.log(ys[::-1])))))
     return found
