@@ -174,6 +174,8 @@ def _figure(scale: Scale, group: str, rows: dict):
                        label=name)
         ax.set(xlabel="share of the work from scratch, %", title=measure, xscale="log",
                yscale="log" if measure == scale.noise else "linear")
+        ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+        ax.minorticks_off()
     axes[0, 0].legend(fontsize=5)
     return made
 
