@@ -48,20 +48,20 @@ STUDIES = {
     "fig2": Study("flow:fig2", "on 3-D sets with noise, robust_adv finds the data, DDPM the noise, "
                   "and invariance diverges", 7, ("tiny",)),
     "fig3": Study("denoising:fig3", "on a known subspace, robust models leave less noise, and "
-                  "invariance fails", 14, _ALL, features=False),
+                  "invariance fails", 15, _ALL, features=False),
     "fig6-left": Study("memorisation:fig6_left", "robust models memorise less", 11, _ALL),
     "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 3,
                         ("tiny",)),
     "fig7": Study("denoising:fig7", "lambda trades noise for smoothing", 11, _ALL),
     "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 10, _ALL),
-    "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 13, _ALL),
+    "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 14, _ALL),
     "table2": Study("denoising:table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 11,
                     _ALL),
     "fig24": Study("denoising:fig24", "first the noise goes, then the details come", 8, _ALL),
     "timecost": Study("timecost:timecost", "a step costs 2.5 times DDPM's", 6, _ALL),
     "calibration": Study("calibration:run", "how far the corrupted training set is from the clean "
                          "one", 0.2, takes=("data_dir", "features", "weights", "count")),
-    "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 16,
+    "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 18,
                       _ALL),
     "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 70,
                              ("tiny",)),
