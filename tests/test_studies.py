@@ -435,6 +435,22 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     assert len(claims) == 2 * 2 * 5 + 2 * 4 + 2 + 2 and "23.3" in page
 
 
+def test_fine_tuning_of_digits(tmp_path, monkeypatch):
+    arm = scales.Scale.arm
+    quick = dict(samples=8, sampling_steps=2)
+    monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
+                                                                           **quick))
+    monkeypatch.setattr(finetune, "SHARES", (0.5,))
+    monkeypatch.setattr(finetune, "SHRUNK_SWEEP", (0.1, 0.3))
+    monkeypatch.setattr(finetune, "WAYS", {n: finetune.WAYS[n] for n in ("DDPM continued",
+                                                                         "robust_adv")})
+    arms, claims, page = paper_study("finetune-digits", tmp_path, monkeypatch, steps=2)
+    noisy = {a["name"]: a["measures"] for a in arms}
+    assert "90 % with sigma 0.2" in {a["group"] for a in arms} and "noise_rms" in page
+    assert noisy["training data"]["noise_rms"] == pytest.approx(0.19, abs=0.03)
+    assert noisy["robust_adv, 50%"] != noisy["DDPM continued, 50%"]
+
+
 def test_calibration(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path))
     out = tmp_path / "calibration"

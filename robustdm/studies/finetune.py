@@ -85,7 +85,7 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
     Args:
         sigma: corruption; by default the data's own.
     """
-    sigma = scale.base["corrupt_sigma"] if sigma is None else sigma
+    sigma = TrainConfig(**scale.base).corrupt_sigma if sigma is None else sigma
     group, todo = arms(scale, sigma)
     records = scale.run(todo)
     for arm, record in zip(todo, records, strict=True):

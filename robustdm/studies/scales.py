@@ -76,7 +76,7 @@ class Scale:
     @property
     def is_image(self) -> bool:
         """Whether samples are images: only those can be blurred."""
-        return self.base["data"] in ("cifar10", "images")
+        return TrainConfig(**self.base).data in ("cifar10", "images", "digits")
 
     def arm(self, group: str, name: str, fields: dict, seed: int, **sampling) -> Arm:
         """An arm of this scale; ``fields`` change the training, ``sampling`` the rest."""
