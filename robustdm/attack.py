@@ -42,6 +42,9 @@ class AttackConfig:
     eot_loss: Literal["corrected", "printed"] = "corrected"
     """What eot moves the sampler's step away from: where it would have gone, or, as the paper
     prints it, where it is."""
+    shrink: float | None = None
+    """Attack every run a second time, its network shrunk by this lam (sample's --baseline shrink):
+    what resists only because it shrinks, a plain DDPM can have without training."""
     num: int = 256
     """Samples per run and attack."""
     steps: int | None = None
@@ -98,6 +101,7 @@ def attack(config: AttackConfig) -> dict:
         RunError: if sampling fails.
     """
     from robustdm.attacks import TrajectoryAttack, attacked_steps
+    from robustdm.baselines import Baseline
     from robustdm.comparison import Comparison, open_runs
     from robustdm.training.trainer import resolve_device
 
@@ -110,8 +114,12 @@ def attack(config: AttackConfig) -> dict:
                          eot_loss=config.eot_loss)
         for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
     generators = open_runs(config.runs, device, config.ema)
+    shrunk = None if config.shrink is None else Baseline("shrink", config.shrink)
+    rows = [(name if baseline is None else f"{name}, shrunk {config.shrink:g}", generator, baseline)
+            for name, generator in generators.items()
+            for baseline in (None, *([shrunk] if shrunk else []))]
     compared, checks = Comparison(config, device), {}
-    for name, generator in generators.items():
+    for name, generator, baseline in rows:
         steps = config.steps or len(generator.schedule)
         for made in attacks:
             what = "no attack" if made is None else f"{made.method} {made.share:.0%}"
@@ -119,10 +127,10 @@ def attack(config: AttackConfig) -> dict:
             facts = {"method": made and made.method, "share": made.share if made else 0.0,
                      "steps attacked": hit}
             compared.add(name, generator, what, facts,
-                         f"[{len(compared.rows) + 1}/{len(generators) * len(attacks)}] {name}, "
+                         f"[{len(compared.rows) + 1}/{len(rows) * len(attacks)}] {name}, "
                          f"{what}", attack=made, steps=config.steps, spacing=config.spacing,
-                         variance=config.variance)
-        checks[name] = _raised(generator, config, device)
+                         variance=config.variance, baseline=baseline)
+        checks[name] = _raised(generator, baseline, config, device)
     record = compared.record(objective_raised=checks)
     print(compared.table())
     for name, check in checks.items():
@@ -137,7 +145,7 @@ def attack(config: AttackConfig) -> dict:
     return record
 
 
-def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]]:
+def _raised(generator, baseline, config: AttackConfig, device) -> dict[str, dict[str, int]]:
     """At how many steps of an unattacked chain each attack moves a batch farther than random signs.
 
     The last step is left out: there x0 is x, and every pattern of signs moves it alike.
@@ -149,6 +157,9 @@ def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]
     from robustdm.sampling import Respaced, stream_noise, timesteps
 
     methods = [m for m in dict.fromkeys(config.methods) if m != "random"]
+    model = generator.model
+    if baseline is not None:
+        model = baseline.network(model, generator.schedule).to(device)
     chain = Respaced(generator.schedule, timesteps(generator.schedule, config.steps,
                                                    config.spacing))
     noise = stream_noise(config.seed, generator.shape, device)
@@ -165,14 +176,14 @@ def _raised(generator, config: AttackConfig, device) -> dict[str, dict[str, int]
                     method, seed=config.seed, variance=config.variance, size=config.size,
                     phi=config.phi, objective=config.objective, iterations=config.iterations,
                     eot_loss=config.eot_loss)
-                delta = made.perturbation(generator.model, chain, k, numbers, x, z)
-                moved[method] = made.measure(generator.model, chain, k, x, delta).sum().item()
+                delta = made.perturbation(model, chain, k, numbers, x, z)
+                moved[method] = made.measure(model, chain, k, x, delta).sum().item()
             for method in methods:
                 counts[method]["checked"] += 1
                 counts[method]["raised"] += moved[method] > moved["random"]
         with torch.no_grad():
             t = torch.full((len(x),), chain.timesteps[k].item(), device=x.device)
-            x = chain.ddpm_step(k, x, predict_noise(generator.model, x, t), z, config.variance,
+            x = chain.ddpm_step(k, x, predict_noise(model, x, t), z, config.variance,
                                 generator.clip)
     return counts
 

@@ -219,6 +219,15 @@ def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, cap
     assert record["objective_raised"]["digits0"]["fgsm"]["checked"] == 2
     page = (tmp_path / "out/attack.html").read_text()
     assert page.count("<img") == 6
+    both = run(attack, tmp_path / "shrunk", digits_run, "--num", 70, "--steps", 3, "--methods",
+               "fgsm", "--steps-attacked", 1.0, "--shrink", 0.3)
+    kinds = {(e["run"].rsplit("/")[-1], e["what"]): e["results"]["frechet"]["value"]
+             for e in both["entries"]}
+    assert len(kinds) == 4 and len(set(kinds.values())) == 4
+    assert sum("shrunk 0.3" in run for run, _ in kinds) == 2
+    assert all(c["fgsm"]["checked"] for c in both["objective_raised"].values())
+    with pytest.raises(UsageError, match="baseline_strength is -1"):
+        run(attack, tmp_path / "bad", digits_run, "--shrink", "-1")
     run(attack, tmp_path / "both", plane_run, digits_run, "--num", 70, "--steps", 2, "--methods",
         "eot", "--iterations", 2, "--steps-attacked", 1.0)
     assert "plane0, eot 100%" in capsys.readouterr().out
