@@ -241,7 +241,8 @@ def compare(path: Path) -> str:
     arms = read_arms(path, "compare")
     tables = []
     for group, predict_measures in (("subspace", _subspace_measures), ("digits", _digits_measures)):
-        mine = [arm for arm in arms if arm["group"] == group]
+        # What has no configuration is the data themselves.
+        mine = [arm for arm in arms if arm["group"] == group and "config" in arm]
         # An option that saves work has the exact method's optimum; it is not reached the same way.
         names = dict.fromkeys(arm["name"] for arm in mine if "equal work" not in arm["name"])
         rows, errors = {}, {}
