@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from robustdm.data.corruption import SaltAndPepper
 from robustdm.errors import UsageError
 from robustdm.images import VISIBLE_PIXELS
 from robustdm.random import shuffled
+from robustdm.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "data.md"
 SIDE = 16
@@ -117,3 +119,12 @@ def test_every_command_of_the_document_runs(folder, module, rest):
         pyarrow.parquet.write_table(pyarrow.table({"image": rows}), "my_parquet/train.parquet")
         argv += ["--block-channels", "32", "32", "--attention-head-dim", "32"]
     assert train.main([*argv, "--dry-run", "--batch-size", "2"]) == 0
+
+
+def test_flags_that_training_has_too_have_its_defaults():
+    """They are written twice; what is shown must be what training sees."""
+    of_training = {f.name: f.default for f in fields(TrainConfig)}
+    shared = {f.name: f.default for f in fields(DataConfig) if f.name in of_training}
+    assert len(shared) > 12
+    differ = {name for name, default in shared.items() if default != of_training[name]}
+    assert differ == {"data", "resolution"}, "found out from the path"

@@ -71,7 +71,7 @@ class Trainer:
                 from robustdm.models.fuse import fuse  # networks for points do without diffusers
 
                 fuse(self.model)
-        self.origin = self._load_origin()
+        self.origin = self._load_origin() if weights is None else ""
         self.model.train()
         self.network = WorkingCopy(self.model) if config.precision == "bf16" else self.model
         self.gradient_step = GradientStep(self.network, self.objective)
