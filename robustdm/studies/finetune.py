@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Sequence
 
 from robustdm import plots
+from robustdm.baselines import Baseline
 from robustdm.data import load_data
 from robustdm.studies.approximations import units
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
@@ -25,7 +26,9 @@ from robustdm.studies.scales import METHODS, Scale, corrupted
 from robustdm.studies.tradeoff import equal_signal_claim
 from robustdm.training.config import TrainConfig, preset_values
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
+SHARES = (0.02, 0.05, 0.1, 0.2)
+LONGER = 0.5
+"""One share more, of ``TO_THE_END`` alone: it costs as much as all others together."""
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"
 SAME_TOTAL = "robust_adv from scratch, same total cost"
 CONTINUED = "DDPM continued"
@@ -38,15 +41,24 @@ WAYS = {
     "robust_adv, reg_fraction 0.25": METHODS["robust_adv"] | dict(reg_fraction=0.25),
     AS_BEFORE: METHODS["robust_adv"],
 }
+TO_THE_END = ("robust_adv", "outward_ran")
+"""Ways that are followed to where they meet training from scratch."""
+THEN_SHRUNK = (0.03, 0.1, 0.3)
+"""Strengths at which ``TO_THE_END``, fine-tuned for the smallest share, are also shrunk."""
 SLOWER = 0.2
 """Learning rate of fine-tuning over that of the first training, but for ``AS_BEFORE``."""
 NEAR = 1.1
 """Noise of this many times that of training from scratch, and signal of the inverse, are near."""
 
 
-def row(way: str, share: float) -> str:
-    """Name of an arm."""
-    return f"{way}, {share:.0%}"
+def shares(way: str) -> tuple[float, ...]:
+    """Shares of the budget for which a way of going on is tried."""
+    return (*SHARES, LONGER) if way in TO_THE_END else SHARES
+
+
+def row(way: str, share: float, lam: float = 0.0) -> str:
+    """Name of an arm; of the same network shrunk by ``lam``."""
+    return f"{way}, {share:.0%}" + (f", shrunk {lam:g}" if lam else "")
 
 
 def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
@@ -59,12 +71,17 @@ def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
         spent = units(plain.config) * plain.config.steps
         made += [plain, whole,
                  *(a for a in baseline_arms(plain, 0.0, SHRUNK_SWEEP) if "shrunk" in a.name)]
-        for share in SHARES:
-            for way, fields in WAYS.items():
-                rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
+        for way, fields in WAYS.items():
+            rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
+            for share in shares(way):
                 tuned = scale.arm(group, row(way, share), fields | corrupted(sigma) | dict(lr=rate),
                                   seed)
                 made.append(_lasting(tuned, share * budget, plain.config))
+                if way in TO_THE_END and share == SHARES[0]:
+                    made += [dataclasses.replace(made[-1], name=row(way, share, lam),
+                                                 baseline=Baseline("shrink", lam))
+                             for lam in THEN_SHRUNK]
+        for share in SHARES:
             both = dataclasses.replace(whole, name=row(SAME_TOTAL, share))
             made.append(_lasting(both, spent + share * budget, None))
     return group, made
@@ -106,16 +123,18 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
 
     claims, answers = [], []
     for way in WAYS:
-        found = {share: near(way, share) for share in SHARES}
+        found = {share: near(way, share) for share in shares(way)}
         if way != CONTINUED:
             claims += [claim for both in found.values() for claim in both]
-        means = [share for share in SHARES if _near_in_the_mean(values, row(way, share), noise,
+        means = [share for share in found if _near_in_the_mean(values, row(way, share), noise,
                                                                 kept)]
         sure = [s for s, both in found.items() if all(c.holds for c in both)]
         answers.append(f"{way}: within 10 % of from-scratch in the mean from a share of "
                        f"{_first(means)}; surely (95 % over seeds) from {_first(sure)}.")
     claims += [equal_signal_claim(records, group, row(way, share), noise, kept)
-               for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in SHARES]
+               for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
+    claims += [equal_signal_claim(records, group, row(way, SHARES[0], lam), noise, kept)
+               for way in TO_THE_END for lam in THEN_SHRUNK]
     claims += [ratio_claim(f"{row('robust_adv', share)}: noise left / robust_adv from scratch for "
                            "what both trainings cost", values(row("robust_adv", share), noise),
                            values(row(SAME_TOTAL, share), noise)) for share in SHARES]
@@ -143,7 +162,8 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
             *answers,
             "Fine-tuning restarts Adam and the average of the weights; the average's decay rises "
             "from 0.1, so that a short run does not return the old weights. A fifth of the first "
-            f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps.",
+            f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps. "
+            "'Shrunk' rows sample as the shrunk DDPM does, from the fine-tuned network.",
         ), {"finetune": (_figure(scale, group, rows), "Lines: shares of the budget.")}
         | sheet(scale, todo))
 
@@ -156,8 +176,8 @@ def _near_in_the_mean(values, name: str, noise: str, kept: str) -> bool:
             and mean(name, kept) >= mean(SCRATCH, kept) / NEAR)
 
 
-def _first(shares: Sequence[float]) -> str:
-    return f"{min(shares):.0%}" if shares else "none of those tried"
+def _first(found: Sequence[float]) -> str:
+    return f"{min(found):.0%}" if found else "none of those tried"
 
 
 def _figure(scale: Scale, group: str, rows: dict):
@@ -165,8 +185,8 @@ def _figure(scale: Scale, group: str, rows: dict):
     for ax, measure in zip(axes[0], (scale.noise, "signal"), strict=True):
         for i, way in enumerate((*WAYS, SAME_TOTAL)):
             colour = plots.INK if way == SAME_TOTAL else plots.COLOURS[i]
-            found = [rows[row(way, share)] for share in SHARES]
-            ax.errorbar([100 * share for share in SHARES], [r[measure].mean for r in found],
+            found = [rows[row(way, share)] for share in shares(way)]
+            ax.errorbar([100 * share for share in shares(way)], [r[measure].mean for r in found],
                         [r[measure].sd for r in found], color=colour, marker="o", markersize=3,
                         label=way)
         for style, name in ((":", PRETRAINED), ("-", SCRATCH), ("--", "DDPM, shrunk 0.1")):
@@ -174,7 +194,8 @@ def _figure(scale: Scale, group: str, rows: dict):
                        label=name)
         ax.set(xlabel="share of the work from scratch, %", title=measure, xscale="log",
                yscale="log" if measure == scale.noise else "linear")
-        ax.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+        ticks = [100 * share for share in (*SHARES, LONGER)]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     axes[0, 0].legend(fontsize=5)
     return made
