@@ -14,6 +14,7 @@ from robustdm.data.corruption import Corruption, ItemCorruption
 from robustdm.data.digits import DigitsData, load_digits
 from robustdm.data.points import GaussiansData, PlaneData, PointData
 from robustdm.data.subspace import SubspaceData, principal_components
+from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
 from robustdm.random import Stream, philox, shuffled, uniform
 from robustdm.resident import ResidentBatch
@@ -103,21 +104,27 @@ def _subspace(config: TrainConfig, corruption: Corruption) -> SubspaceData:
 
 
 def batches(
-    data: Data, config: TrainConfig, start_step: int, device: torch.device | str
+    data: Data, config: TrainConfig, start_step: int, device: torch.device | str,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
     """The endless training stream from a step on; a pure function of the step.
 
+    Args:
+        ranks: the processes that share each batch; this one's part is yielded.
+
     Yields:
-        x (batch_size, *shape) float32 on the device, or images that lie there as uint8; and its
-        indices (batch_size,) int64 on the host. A streamed image that cannot be read is replaced by
-        the next one, in both.
+        x (B, *shape) float32 on the device, or images that lie there as uint8, B being batch_size
+        over the number of ranks; and its indices (B,) int64 on the host. A streamed image that
+        cannot be read is replaced by the next one, in both.
     """
-    order = data.order(config.batch_size, config.seed, start_step)
+    part = ranks.share(config.batch_size)
+    order = (indices[part.start : part.stop]
+             for indices in data.order(config.batch_size, config.seed, start_step))
     for step, (x, indices) in enumerate(data.stream(order, device, config.workers), start_step):
         if isinstance(x, ResidentBatch):
             x = replace(x, flip=config.flip)
         elif config.flip:
-            sample = torch.arange(len(x), device=x.device)
+            sample = torch.arange(part.start, part.stop, device=x.device)
             word, _, _, _ = philox(config.seed, step, sample, Stream.FLIP)
             x = torch.where((uniform(word) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
         yield x, indices

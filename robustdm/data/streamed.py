@@ -186,12 +186,14 @@ class StreamedImages(ImageTensor):
 
     def _batches(self, reader: _Reader, order: Iterator[Tensor]) -> Iterator[list]:
         """(item, picture file) of every sample of every step, until the reader fails."""
-        number, block = -1, []
+        number, block = None, []
         for samples in order:
             rows = []
             for sample in samples.tolist():
-                if sample // self.buffer != number:
-                    number = sample // self.buffer
+                if number is None:  # the reader begins with the first sample's block
+                    number = sample // self.buffer - 1
+                while number < sample // self.buffer:
+                    number += 1
                     taken = reader.take(self.buffer)
                     if reader.error is not None:
                         return

@@ -163,7 +163,7 @@ class TrainConfig:
 
     # Optimisation.
     batch_size: int = 64
-    """Images per optimizer step."""
+    """Images per optimizer step, of all ranks together."""
     accumulate: int = 1
     """Pieces a batch is computed in, one after the other, to save memory; same result."""
     steps: int = 700
@@ -191,6 +191,8 @@ class TrainConfig:
     """Decides weights, data order, noise and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    rank_timeout: float = 10.0
+    """Under torchrun: minutes after which a rank that does not answer is lost."""
 
     # The run.
     out: Path = Path("runs/digits")
@@ -287,6 +289,7 @@ class TrainConfig:
              "resolution", f"it must be a multiple of {2 ** (len(self.block_channels) - 1)}, for "
              f"the network halves it {len(self.block_channels) - 1} times")
         need(self.stop_after is None or self.stop_after >= 1, "stop_after", "at least 1")
+        need(self.rank_timeout > 0, "rank_timeout", "it must be positive")
         need(self.max_time is None or self.max_time > 0, "max_time", "it must be positive")
 
     def to_dict(self) -> dict:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from robustdm import images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
+from robustdm.distributed import Ranks, join, restarts
 from robustdm.errors import RunError, UsageError
 from robustdm.pipeline import save_pipeline
 from robustdm.pretrained import settle
@@ -41,7 +43,7 @@ from robustdm.training.memory import (
 )
 from robustdm.training.progress import Progress
 from robustdm.training.rundir import RunDir, check_use, write_json, write_text
-from robustdm.training.signals import StopSignals
+from robustdm.training.signals import SIGNALS, StopSignals, exit_code
 from robustdm.training.trainer import Trainer, device_name
 
 CLEAN_NOISE_LEVEL = 0.04
@@ -58,7 +60,8 @@ class Result:
         step: optimizer steps done in all.
         stopped: None if the run is complete, else why it stopped early.
         exit_code: what the process should end with.
-        summary: the content of summary.json; empty if stopped by a signal.
+        summary: the content of summary.json; empty if stopped by a signal, and on other ranks
+            than 0.
     """
 
     directory: Path
@@ -71,6 +74,8 @@ class Result:
 def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     """Train, or continue, the run that a configuration describes.
 
+    Started by torchrun, each process does its part of every batch, and rank 0 writes.
+
     Args:
         config: the configuration; ``out`` is the run directory.
         progress_mode: "auto", "live", "plain" or "off"; see `Progress`.
@@ -82,7 +87,8 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     Source: Briglia et al. 2026, Algorithm 1.
     """
     try:
-        return _train(config, progress_mode)
+        with join(config.device, config.rank_timeout) as ranks:
+            return _train(config, progress_mode if ranks.main else "off", ranks)
     except RuntimeError as error:
         if isinstance(error, RunError):
             raise
@@ -107,52 +113,80 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _train(config: TrainConfig, progress_mode: str) -> Result:
-    config = settle(config)
-    check_use(config.out, config, config.resume)  # before the data, which may take minutes
-    trainer = Trainer(config)
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
-    estimate = estimate_bytes(config, trainer.data.shape)
-    plan = describe(trainer, estimate)
-    tight = check_fits(config, estimate, available_bytes(trainer.device))
-    if tight:
-        plan += f"\nwarning: {tight}"
+def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
+    if restarts():  # the launcher started a job that had failed again: it goes on
+        config = replace(config, resume=(config.out / "config.yaml").exists())
+    with ranks.together():
+        config = settle(config)
+        check_parts(config, ranks.size)
+        if ranks.main:  # before the data, which may take minutes
+            check_use(config.out, config, config.resume)
+    with ranks.together():
+        trainer = Trainer(config, ranks=ranks)
+        if trainer.device.type == "cpu":
+            keep_freed_memory()
+        estimate = estimate_bytes(config, trainer.data.shape, ranks.size)
+        plan = describe(trainer, estimate)
+        tight = check_fits(config, estimate, available_bytes(trainer.device))
+        if tight:
+            plan += f"\nwarning: {tight}"
+    ranks.same("the training data", trainer.data.identity())
     if config.dry_run:
-        print(plan)
+        if ranks.main:
+            print(plan)
         return Result(config.out, 0, "dry run")
 
-    with RunDir.open(config.out, config, config.resume) as run, StopSignals() as signals:
-        clean_stale(run.checkpoints)
-        # Read into host memory and let go of: the device holds what the run itself needs.
-        checkpoint = load_newest(run.checkpoints) if config.resume else None
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        del checkpoint
-        run.truncate_metrics(trainer.step)
-        if trainer.step >= config.steps and _finished_step(run.path) == trainer.step:
-            raise UsageError(
-                f"the run in {config.out} has done its {trainer.step} steps: raise --steps to "
-                "extend it"
+    with contextlib.ExitStack() as open_things:
+        signals = open_things.enter_context(StopSignals())
+        run = None
+        with ranks.together():
+            if ranks.main:
+                run = open_things.enter_context(RunDir.open(config.out, config, config.resume))
+                clean_stale(run.checkpoints)
+        with ranks.together():
+            # Read into host memory and let go of: the device holds what the run itself needs.
+            checkpoint = load_newest(config.out / "checkpoints") if config.resume else None
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+            del checkpoint
+            if trainer.step >= config.steps and _finished_step(config.out) == trainer.step:
+                raise UsageError(
+                    f"the run in {config.out} has done its {trainer.step} steps: raise --steps to "
+                    "extend it"
+                )
+        trainer.check_ranks()
+        if run is not None:
+            run.truncate_metrics(trainer.step)
+            run.record(
+                config,
+                data=trainer.data.identity(),
+                parameters=trainer.parameters,
+                trained=trainer.trained,
+                memory_estimate=estimate,
+                ranks=ranks.size,
             )
-        run.record(
-            config,
-            data=trainer.data.identity(),
-            parameters=trainer.parameters,
-            trained=trainer.trained,
-            memory_estimate=estimate,
+        progress = open_things.enter_context(
+            Progress(config.steps, trainer.step, config.batch_size, mode=progress_mode)
         )
-        with Progress(
-            config.steps, trainer.step, config.batch_size, mode=progress_mode
-        ) as progress:
+        if run is not None:
             progress.message(plan)
             if config.resume:
                 progress.message(f"continuing {config.out} after step {trainer.step}")
-            session = _Session(trainer, run, signals, progress)
-            try:
-                return session.run()
-            finally:
-                session.close()
+        session = _Session(trainer, run, signals, progress)
+        try:
+            return session.run()
+        finally:
+            session.close()
+
+
+def check_parts(config: TrainConfig, ranks: int) -> None:
+    """Raise a UsageError unless the batch divides among the ranks and their pieces."""
+    parts = ranks * config.accumulate
+    if config.batch_size % parts:
+        raise UsageError(
+            f"batch_size is {config.batch_size}: it is that of all {ranks} ranks together, in "
+            f"{config.accumulate} pieces each, and must be a multiple of {parts}"
+        )
 
 
 def _finished_step(path: Path) -> int | None:
@@ -168,13 +202,20 @@ class _Interrupted(Exception):
 
 
 class _Session:
-    """One process's share of a run: the loop, and what is written while it turns."""
+    """One process's share of a run: the loop, and what is written while it turns.
 
-    def __init__(self, trainer: Trainer, run: RunDir, signals: StopSignals, progress: Progress):
+    Only rank 0 has a directory to write to; what the others do is what all must do together.
+    """
+
+    def __init__(
+        self, trainer: Trainer, run: RunDir | None, signals: StopSignals, progress: Progress
+    ):
         self.trainer, self.run_dir, self.signals, self.progress = trainer, run, signals, progress
-        self.config = trainer.config
-        run.samples.mkdir(exist_ok=True)
-        self.loggers = make_loggers(self.config, run.path, trainer.step, progress.message)
+        self.config, self.ranks = trainer.config, trainer.ranks
+        self.loggers = None
+        if run is not None:
+            run.samples.mkdir(exist_ok=True)
+            self.loggers = make_loggers(self.config, run.path, trainer.step, progress.message)
         self.warnings: list[str] = []
         self.started = time.monotonic()
         self.before = trainer.elapsed
@@ -184,23 +225,28 @@ class _Session:
         self.waited = 0.0
         self.logged = self.started
         self.line: tuple[Callable[[], dict], Tensor] | None = None
+        self.wished: Callable[[], set] | None = None
+        self.stop_signal: signal.Signals | None = None
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
-            self.progress.message(f"warning: {text}")
+            where = "" if self.ranks.main else f"rank {self.ranks.rank}: "
+            self.progress.message(f"{where}warning: {text}")
 
     def close(self) -> None:
-        self.loggers.close()
-        self._write_quarantine()
+        if self.run_dir is not None:
+            self.loggers.close()
+            self._write_quarantine()
 
     def run(self) -> Result:
         trainer, config, every = self.trainer, self.config, self.config.log_every
-        for path, reason in trainer.data.quarantine[:3]:
-            self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
-        self._write_quarantine()
-        self._write_reference()
-        stream = batches(trainer.data, config, trainer.step, trainer.device)
+        if self.run_dir is not None:
+            for path, reason in trainer.data.quarantine[:3]:
+                self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
+            self._write_quarantine()
+            self._write_reference()
+        stream = batches(trainer.data, config, trainer.step, trainer.device, self.ranks)
         if config.compile and trainer.step < config.steps:
             first = next(stream)
             self._compile(first[0])
@@ -212,7 +258,7 @@ class _Session:
             begin = time.monotonic()
             x0, indices = next(stream)
             self.waited += time.monotonic() - begin
-            trainer.train_step(x0)
+            trainer.train_step(x0, self._wishes() if self.ranks.size > 1 else ())
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
             # On a GPU, waiting for a step's numbers would leave it idle: they are read when it has
@@ -221,7 +267,7 @@ class _Session:
             if at_once:
                 self._check_skips(int(trainer.skipped_in_a_row), step, indices)
             self._write_line()
-            stopped = self._why_stop()
+            stopped, due = self._decide(at_once)
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
                 self._log(sampled, indices)
@@ -229,22 +275,57 @@ class _Session:
                     self._write_line()
             else:
                 self.progress.update(step)
-            due = bool(config.checkpoint_every) and step % config.checkpoint_every == 0
-            age = time.monotonic() - self.saved
-            due |= bool(config.checkpoint_minutes) and age > 60 * config.checkpoint_minutes
+            due |= bool(config.checkpoint_every) and step % config.checkpoint_every == 0
             if due or last or stopped:
                 self._save(required=bool(last or stopped))
         result = Result(config.out, trainer.step, stopped)
-        if not self.signals.received:
+        if self.stop_signal is None:
             try:
                 result.summary = self._finish(complete=stopped is None)
             except _Interrupted:
-                result.stopped = self.signals.received.name
-        result.exit_code = self.signals.exit_code
+                result.stopped = self.stop_signal.name
+        result.exit_code = exit_code(self.stop_signal or self.signals.received)
         return result
 
-    def _sample(self, sampler: str, steps: int) -> Tensor:
-        """Samples for a preview or the report; a signal ends them between two steps."""
+    def _wishes(self) -> set:
+        """What this process wants to happen; see `trainer.WISHES`."""
+        config, now = self.config, time.monotonic()
+        wishes = {self.signals.received} - {None}
+        if self.ranks.main:  # clocks differ
+            if config.max_time is not None and now - self.started > 60 * config.max_time:
+                wishes.add("stop")
+            if config.checkpoint_minutes and now - self.saved > 60 * config.checkpoint_minutes:
+                wishes.add("save")
+        return wishes
+
+    def _decide(self, at_once: bool) -> tuple[str | None, bool]:
+        """Why to stop after this step, if so, and whether to save: the same on all ranks.
+
+        Other ranks hear of a wish with the step's gradients; on a GPU, which has not done this step
+        yet, with those of the step before.
+        """
+        if self.ranks.size == 1:
+            known = self._wishes()
+        else:
+            before, self.wished = self.wished, self.trainer.agreed()
+            known = self.wished() if at_once else before() if before else set()
+        self.stop_signal = next((s for s in SIGNALS if s in known), None)
+        config, done = self.config, self.trainer.step - self.first_step
+        stopped = None
+        if self.stop_signal is not None:
+            stopped = self.stop_signal.name
+        elif config.stop_after is not None and done >= config.stop_after:
+            stopped = f"--stop-after {config.stop_after}"
+        elif "stop" in known:
+            stopped = f"--max-time {config.max_time}"
+        return stopped, "save" in known
+
+    def _sample(self, sampler: str, steps: int) -> Tensor | None:
+        """Samples for a preview or the report; a signal ends them between two steps.
+
+        Returns:
+            None on other ranks than 0.
+        """
         shown = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -255,7 +336,14 @@ class _Session:
                 shown = time.monotonic()
                 self.progress.message(f"sampling: {done / total:.0%}")
 
-        return self.trainer.generate(sampler, steps, progress)
+        mine = None
+        with contextlib.suppress(_Interrupted):
+            mine = self.trainer.generate(sampler, steps, progress)
+        received = self.ranks.exchange(self.signals.received)
+        self.stop_signal = next((s for s in SIGNALS if s in received), None)
+        if self.stop_signal is not None:
+            raise _Interrupted
+        return self.ranks.gather(mine)
 
     def _write_quarantine(self) -> None:
         """List the files that could not be read; streamed sets find them while they train."""
@@ -264,21 +352,12 @@ class _Session:
             text = "".join(f"{path}\t{reason}\n" for path, reason in bad)
             write_text(self.run_dir.path / "quarantine.txt", text)
 
-    def _why_stop(self) -> str | None:
-        config, done = self.config, self.trainer.step - self.first_step
-        if self.signals.received:
-            return self.signals.received.name
-        if config.stop_after is not None and done >= config.stop_after:
-            return f"--stop-after {config.stop_after}"
-        if config.max_time is not None and time.monotonic() - self.started > 60 * config.max_time:
-            return f"--max-time {config.max_time}"
-        return None
-
     def _check_skips(self, in_a_row: int, step: int, indices: Tensor) -> None:
         if not in_a_row:
             return
-        self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
-                              f"({in_a_row} in a row)")
+        if self.ranks.main:
+            self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
+                                  f"({in_a_row} in a row)")
         if in_a_row >= self.config.max_skipped:
             raise RunError(
                 f"{in_a_row} steps in a row gave a loss or gradient that is not finite, the last "
@@ -303,7 +382,9 @@ class _Session:
         if sampled:
             with contextlib.suppress(_Interrupted):
                 samples = self._sample("ddim", self.config.preview_steps)
-                self.extras["samples"] = self._write_samples(samples, f"step-{trainer.step:08d}")
+                if samples is not None:
+                    name = f"step-{trainer.step:08d}"
+                    self.extras["samples"] = self._write_samples(samples, name)
         self.logged = time.monotonic()  # what samples take is not the data's
 
     def _write_line(self) -> None:
@@ -311,8 +392,9 @@ class _Session:
             return
         (read, indices), self.line = self.line, None
         record = read() | self.extras
-        self.run_dir.append_metrics(record)
-        self.loggers.log(record["step"], record)
+        if self.run_dir is not None:
+            self.run_dir.append_metrics(record)
+            self.loggers.log(record["step"], record)
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
         if self.trainer.device.type != "cpu":
@@ -370,8 +452,9 @@ class _Session:
         kinds = sorted({trainer.objective.regularises(s)
                         for s in range(trainer.step, config.steps)})
         graphs = "two graphs" if len(kinds) > 1 else "one graph"
-        self.progress.message(f"compiling the training step, {graphs}: minutes the first time, "
-                              "seconds from the cache ...")
+        if self.ranks.main:
+            self.progress.message(f"compiling the training step, {graphs}: minutes the first time, "
+                                  "seconds from the cache ...")
         begin = time.monotonic()
 
         def probe() -> None:
@@ -383,33 +466,41 @@ class _Session:
             what, reason = "the network", compile_network(trainer.network, probe)
         if reason is None:
             self.compile_s = time.monotonic() - begin
-            self.progress.message(f"compiled {what} in {self.compile_s:.0f} s")
+            if self.ranks.main:
+                self.progress.message(f"compiled {what} in {self.compile_s:.0f} s")
         else:
             self.warn(f"--compile does not work here, running eagerly ({reason})")
         if config.cuda_graph and trainer.device.type == "cuda":
             trainer.use_cuda_graph(self.warn)
 
     def _save(self, required: bool) -> None:
-        trainer, root = self.trainer, self.run_dir.checkpoints
-        try:
-            save_checkpoint(root, trainer.step, *trainer.state())
-        except CheckpointError as error:
-            if required:
-                raise
-            # The one before is untouched; the next interval may find room again.
-            self.warn(str(error))
-            return
+        trainer = self.trainer
+        trainer.check_ranks()
+        with self.ranks.together() if required else contextlib.nullcontext():
+            if self.run_dir is not None:
+                try:
+                    save_checkpoint(self.run_dir.checkpoints, trainer.step, *trainer.state())
+                except CheckpointError as error:
+                    if required:
+                        raise
+                    # The one before is untouched; the next interval may find room again.
+                    self.warn(str(error))
+                    return
+                prune(self.run_dir.checkpoints, self.config.keep_last, self.config.keep_every)
         self.saved = time.monotonic()
-        prune(root, self.config.keep_last, self.config.keep_every)
 
     def _finish(self, complete: bool) -> dict:
         """Samples, pipeline, summary and report from what has been trained so far."""
-        trainer, config, out = self.trainer, self.config, self.run_dir.path
-        self.progress.message("sampling for the report ...")
+        trainer, config = self.trainer, self.config
+        if self.ranks.main:
+            self.progress.message("sampling for the report ...")
         if complete:
             samples = self._sample(config.final_sampler, config.final_steps)
         else:
             samples = self._sample("ddim", config.preview_steps)
+        if self.run_dir is None:
+            return {}
+        out = self.run_dir.path
         measures = {
             "samples": self._write_samples(samples, "final"),
             "training data": self.reference["train"],
@@ -425,6 +516,7 @@ class _Session:
             )
         summary = {
             "step": trainer.step,
+            "ranks": self.ranks.size,
             "measures": measures,
             "warnings": self.warnings,
             "skipped": int(trainer.skipped),
@@ -444,7 +536,9 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     config = trainer.config
     gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
            for key, value in estimate.items()}
+    ranks = trainer.ranks.size
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
+    pieces += f" on each of {ranks} ranks" if ranks > 1 else ""
     trained = f", {trainer.trained:,} of them trained" if config.freeze else ""
     lines = (
         f"data       {trainer.data.describe()}",

@@ -16,7 +16,9 @@ from robustdm.training.config import TrainConfig
 from robustdm.training.trainer import resolve_device
 
 
-def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int]:
+def estimate_bytes(
+    config: TrainConfig, shape: tuple[int, ...], ranks: int = 1
+) -> dict[str, int]:
     """Bytes of a training step's weights and activations, from a dry pass of tensors without data.
 
     Activations are what one forward pass keeps for its backward pass, for one piece of the batch,
@@ -26,6 +28,7 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
     Args:
         config: the run's configuration.
         shape: shape of one sample.
+        ranks: processes that share the batch; the estimate is of one of them.
 
     Returns:
         ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
@@ -37,7 +40,7 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
             from robustdm.models.fuse import change_classes  # fused norms keep less
 
             change_classes(model)
-        piece = config.batch_size // config.accumulate
+        piece = config.batch_size // config.accumulate // ranks
         x, t = torch.empty(piece, *shape), torch.zeros(piece, dtype=torch.int64)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, Tensor] = {}
@@ -61,6 +64,8 @@ def estimate_bytes(config: TrainConfig, shape: tuple[int, ...]) -> dict[str, int
     weights = size * (1 + len(config.ema_rates)) + 3 * trained
     if config.precision == "bf16":
         weights += (size + trained) // 2  # working weights and their gradients
+    if ranks > 1:
+        weights += trained  # gradients in one piece, for the all-reduce
     return {"weights": weights, "activations": activations, "total": weights + activations}
 
 

@@ -11,6 +11,11 @@ import signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def exit_code(received: signal.Signals | None) -> int:
+    """128 + number of a signal, by the shell's convention; 0 without one."""
+    return 0 if received is None else 128 + received
+
+
 class StopSignals:
     """While entered, SIGTERM, SIGINT and SIGUSR1 only set ``received``; a second SIGINT raises.
 
@@ -38,8 +43,8 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + number of the first signal, by the shell's convention; 0 without one."""
-        return 0 if self.received is None else 128 + self.received
+        """What the process should end with; see `exit_code`."""
+        return exit_code(self.received)
 
     def _handle(self, number: int, _frame) -> None:
         first = self.received is None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustdm import ops, random
 from robustdm.data import Data, load_data
 from robustdm.device import to_device, to_host
+from robustdm.distributed import ALONE, Ranks
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import UsageError
 from robustdm.inference import fast_network
@@ -28,6 +29,7 @@ from robustdm.training.optimizer import EMA, SkippingAdamW
 from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
 from robustdm.training.run import objective_of
 from robustdm.training.rundir import check_same_data
+from robustdm.training.signals import SIGNALS
 
 BANDS = 4
 """Equal bands of t in which the loss is logged, low noise first."""
@@ -35,6 +37,8 @@ HELDOUT_DRAWS = 256
 """Pairs of a held-out item and a timestep behind the held-out loss."""
 PROBE_STEP = 2**32 - 1
 """Step number of held-out and compilation draws: one that no run reaches."""
+WISHES = (*SIGNALS, "stop", "save")
+"""What a rank may want the others to know; it travels with the gradients."""
 
 
 class Trainer:
@@ -44,6 +48,8 @@ class Trainer:
         config: the run's configuration.
         data: what to train on; what the configuration names if None.
         weights: to start from; random ones, or those that the configuration names, if None.
+        ranks: the processes that share each batch; every one has a trainer, and calls
+            `train_step`, `close_window` and `check_ranks` as the others do.
 
     Attributes:
         origin: the model that the weights started from, in a few lines; "" if there is none.
@@ -52,9 +58,10 @@ class Trainer:
 
     def __init__(
         self, config: TrainConfig, data: Data | None = None,
-        weights: dict[str, Tensor] | None = None,
+        weights: dict[str, Tensor] | None = None, ranks: Ranks = ALONE,
     ):
         self.config = config = settle(config)
+        self.ranks = ranks
         self.device = resolve_device(config.device)
         self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
@@ -91,6 +98,8 @@ class Trainer:
         self.skipped_in_a_row = torch.zeros((), device=self.device)
         self._sums = torch.zeros(4, device=self.device)
         self._bands = torch.zeros(2, BANDS, device=self.device)
+        self._wishes = torch.zeros(len(WISHES), device=self.device)
+        self._agreed = torch.zeros(len(WISHES), device=self.device)
 
     def _load_origin(self) -> str:
         """Start from the model that the configuration names; what it is, for the screen.
@@ -109,36 +118,45 @@ class Trainer:
     def gradients(
         self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give every weight the gradient of a batch, computed in ``accumulate`` pieces.
+        """Give every weight the gradient of a batch, in ``accumulate`` pieces on each rank.
 
         Every random number belongs to a sample's place in the whole batch, so the number of pieces
         does not change the result (but for ``reg_fraction``, which is of each piece, and for the
         masks of dropout that is not fused, one per piece).
 
         Args:
-            x0: (B, ...) data, images channels-last.
+            x0: (B, ...) this rank's part of the data, images channels-last.
             key: (3,) int64 on the device: seed, step, 0.
             regularised: what the objective says of the step.
 
         Returns:
-            The scalar loss, and t, fit and reg of every sample, (B,) each.
+            The scalar loss of the whole batch, and t, fit and reg of every sample of this rank's,
+            (B,) each.
         """
         parts: list[Gradients] = []
         sums: list[Tensor] = []
-        first = 0
+        whole = len(x0) * self.ranks.size
+        first = len(x0) * self.ranks.rank
         for piece in x0.chunk(self.config.accumulate):
-            part = self._piece(piece, key, first, regularised, len(piece) / len(x0))
+            part = self._piece(piece, key, first, regularised, len(piece) / whole)
             found = [g for g in part.weights if g is not None]
             # Not in place: a compiled step may return one tensor for two equal gradients.
             sums = torch._foreach_add(sums, found) if parts else found
             parts.append(part)
             first += len(piece)
+        t, fit, reg = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "fit", "reg"))
+        loss = (fit + reg).mean()
+        if self.ranks.size > 1:
+            # With the gradients, so that there is one all-reduce: all ranks skip a step or none.
+            dtype = sums[0].dtype
+            extras = [(loss / self.ranks.size).to(dtype), self._wishes.to(dtype)]
+            *sums, loss, agreed = self.ranks.all_sum([*sums, *extras])
+            self._agreed.copy_(agreed)
         rest = iter(sums)
         weights = (p for p in self.model.parameters() if p.requires_grad)
         for p, g in zip(weights, parts[0].weights, strict=True):
             p.grad = None if g is None else next(rest)
-        t, fit, reg = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "fit", "reg"))
-        return (fit + reg).mean(), t, fit, reg
+        return loss, t, fit, reg
 
     def _piece(
         self, piece: Tensor | ResidentBatch, key: Tensor, first: int, regularised: bool,
@@ -177,8 +195,16 @@ class Trainer:
         else:
             warn(f"no CUDA graph: {reason}")
 
-    def train_step(self, x0: Tensor | ResidentBatch) -> None:
-        """One optimizer step; skipped, and counted, if the loss or a gradient is not finite."""
+    def train_step(self, x0: Tensor | ResidentBatch, wishes: Iterable = ()) -> None:
+        """One optimizer step; skipped, and counted, if the loss or a gradient is not finite.
+
+        Args:
+            x0: this rank's part of the batch.
+            wishes: of `WISHES`, for the other ranks; see `agreed`.
+        """
+        if self.ranks.size > 1:
+            wanted = [float(wish in wishes) for wish in WISHES]
+            self._wishes.copy_(to_device(torch.tensor(wanted), self.device))
         self.lr = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.prepare(self.lr, self.step)
         run = self._update if self._graph is None else self._graph
@@ -192,6 +218,12 @@ class Trainer:
         total, t, fit, reg = self.gradients(x0, key, regularised)
         norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total)
         self._record(t, fit, reg, norm, skipped)
+
+    def agreed(self) -> Callable[[], set]:
+        """What any rank wished before the last step, the same on all; the function returned waits
+        for that step."""
+        arriving = to_host(self._agreed)
+        return lambda: {wish for wish, n in zip(WISHES, arriving().tolist(), strict=True) if n > 0}
 
     def _laid_out(self, x0: Tensor | ResidentBatch) -> Tensor | ResidentBatch:
         if self.data.is_image and isinstance(x0, Tensor):
@@ -223,7 +255,8 @@ class Trainer:
         """Begin a new window; the function returned gives the means of the one that ends, and waits
         only for what the device had been given until now."""
         skips = torch.stack([self.skipped, self.skipped_in_a_row])
-        arriving = to_host(torch.cat([self._sums, self._bands.flatten(), skips]))
+        (sums, bands) = self.ranks.all_sum([self._sums / self.ranks.size, self._bands])
+        arriving = to_host(torch.cat([sums, bands.flatten(), skips]))
         record: dict[str, float] = {"step": self.step, "time": round(self.elapsed, 3)}
         lr = self.lr
         self._sums.zero_()
@@ -271,13 +304,17 @@ class Trainer:
     def generate(
         self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
-        """Samples of the averaged weights from fixed noise: (num_samples, *shape)."""
-        config = self.config
+        """This rank's share of the samples of the averaged weights, from fixed noise: all
+        (num_samples, *shape) if it is alone."""
+        config, mine = self.config, self.ranks.share(self.config.num_samples)
+        if not mine:
+            return torch.empty(0, *self.data.shape)
         return sample(
             self._averaged_network(),
             self.schedule,
             self.data.shape,
-            num=config.num_samples,
+            num=len(mine),
+            first_index=mine.start,
             sampler=sampler,
             steps=min(steps, config.timesteps),
             clip=config.clip_samples,
@@ -286,6 +323,16 @@ class Trainer:
             device=self.device,
             progress=progress,
         )
+
+    def check_ranks(self) -> None:
+        """Raise a RunError unless all ranks are at the same step with the same weights, bit for
+        bit."""
+        if self.ranks.size == 1:
+            return
+        words = [p.detach().view(torch.int32).sum(dtype=torch.int64)
+                 for p in (*self.model.parameters(), *self.emas[0].model.parameters())]
+        self.ranks.same("the step and the sum of the weights' bits",
+                        (self.step, torch.stack(words).sum().item()))
 
     # Checkpoints.
 
