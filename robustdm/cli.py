@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from robustdm.errors import RobustDMError, UsageError
+from robustdm.errors import PeerError, RobustDMError, UsageError
 from robustdm.training.config import TrainConfig, preset_values
+
+
+def on_main_rank() -> bool:
+    """Whether this process is the only one of its job, or the one that speaks for it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def guard(main: Callable[[], int | None]) -> None:
@@ -16,7 +22,10 @@ def guard(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except RobustDMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, PeerError):
+            several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            where = f"rank {os.environ.get('RANK')}: " if several else ""
+            print(f"error: {where}{error}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:
         code = 1

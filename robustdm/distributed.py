@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -17,13 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustdm.errors import RobustDMError, RunError, UsageError
+from robustdm.errors import PeerError, RobustDMError, RunError, UsageError
 
 _ROLL_CALL = 3.0  # seconds in which ranks that are alive answer
-
-
-class PeerError(RunError):
-    """Another rank has failed, and says why: nothing to add on this one."""
 
 
 class Ranks:
@@ -136,7 +133,8 @@ class Ranks:
         except RobustDMError:
             raise
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
+            text = re.sub(r"\[/\S+\]", "", str(error))  # where in the library's source
+            reason = " ".join(text.split()).partition(". ")[0][:160]
             raise RunError(f"{self._missing()} ({reason}); checkpoints are as they were, go on "
                            "with --resume") from error
 
@@ -212,7 +210,11 @@ def join(device: str = "auto", timeout: float = 10.0) -> Iterator[Ranks]:
     ours = not dist.is_initialized()
     try:
         if ours:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=limit)
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+            # The launcher's store outlives a failed attempt, whose addresses nobody answers at.
+            store = dist.PrefixStore(f"robustdm/attempt-{restarts()}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store,
+                                    rank=rank, world_size=size, timeout=limit)
         host = dist.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -17,3 +17,7 @@ class RunError(RobustDMError, RuntimeError):
     """The call was right but the run cannot go on: the message says what is safe and what to do."""
 
     exit_code = 1
+
+
+class PeerError(RunError):
+    """Another of the processes that share a job has failed and says why: this one ends silently."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from robustdm.cli import guard, parse_train
+from robustdm.cli import guard, on_main_rank, parse_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(text_table(result.summary["measures"]))
         print(f"report: {result.directory / 'report.html'}")
-    if result.stopped:
+    if result.stopped and on_main_rank():
         print(
             f"stopped after step {result.step} ({result.stopped}); continue with: "
             f"python -m robustdm.train --resume --out {result.directory}"
