@@ -18,6 +18,7 @@ from robustdm import images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
 from robustdm.errors import RunError, UsageError
+from robustdm.models import lora
 from robustdm.pipeline import save_pipeline
 from robustdm.pretrained import settle
 from robustdm.random import shuffled
@@ -128,6 +129,8 @@ def _train(config: TrainConfig, progress_mode: str) -> Result:
         checkpoint = load_newest(run.checkpoints) if config.resume else None
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        else:
+            trainer.keep_origin(run.checkpoints)
         del checkpoint
         run.truncate_metrics(trainer.step)
         if trainer.step >= config.steps and _finished_step(run.path) == trainer.step:
@@ -419,10 +422,12 @@ class _Session:
         if trainer.data.is_image:
             self._warn_of_noise(measures["samples"])
             save_pipeline(
-                trainer.emas[0].model, trainer.schedule, out / "pipeline",
+                trainer.averaged(), trainer.schedule, out / "pipeline",
                 clip_sample=config.clip_samples,
                 variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
             )
+        if config.lora:
+            lora.export(trainer.emas[0].model, out / "adapter")
         summary = {
             "step": trainer.step,
             "measures": measures,
@@ -445,7 +450,10 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     gib = {key: f"{value / 2**30:.2f} GiB" if value > 2**27 else f"{value / 2**20:.1f} MiB"
            for key, value in estimate.items()}
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
-    trained = f", {trainer.trained:,} of them trained" if config.freeze else ""
+    trained = f", {trainer.trained:,} of them trained" if config.freeze or config.lora else ""
+    if config.lora:  # the adapters, their averages, and two moments of each number
+        size = 4 * trainer.trained * (3 + len(config.ema_rates)) / 2**20
+        trained += f" (adapters of rank {config.lora}; {size:.2f} MiB in a checkpoint)"
     lines = (
         f"data       {trainer.data.describe()}",
         f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters{trained}",
