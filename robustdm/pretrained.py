@@ -29,7 +29,7 @@ from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_newest
 from robustdm.training.config import TrainConfig
-from robustdm.training.restore import shape_problems, some_of
+from robustdm.training.restore import averaged_weights, shape_problems, some_of
 from robustdm.training.rundir import read_config
 
 NETWORK_FIELDS = (
@@ -279,11 +279,12 @@ def _open_run(name: str, path: Path, ema: float | None) -> Source:
             {**(origin.get("unet") or _plain(unet_config(config, found.state["shape"][0]))),
              "sample_size": config.resolution}
         )
+    file = (found.path / f"{average}.safetensors").read_bytes()
     fields = {name: getattr(config, name)
               for name in (*NETWORK_FIELDS, *SCHEDULE_FIELDS, "resolution", "clip_samples")}
     return Source(
-        name, "run", _sha256((found.path / f"{average}.safetensors").read_bytes()),
-        found.tensors[average], unet, origin.get("scheduler"),
+        name, "run", _sha256(file + found.state.get("origin", {}).get("sha256", "").encode()),
+        averaged_weights(found, average, config), unet, origin.get("scheduler"),
         origin.get("variance_type", "fixed_large"), fields,
     )
 

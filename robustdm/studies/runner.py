@@ -40,7 +40,8 @@ EQUAL_WORK = "DDPM, equal work"
 # Fields at the value at which they do nothing: left out of keys, which they would only change.
 _IDLE = {"crop": 0, "channels": None, "stream": False, "shuffle_buffer": 4096,
          "corrupt_kind": "gaussian", "corrupt_pixels": 0.1, "corrupt_quality": 10,
-         "corrupt_with": None, "freeze": ()}
+         "corrupt_with": None, "freeze": (), "lora": 0, "lora_alpha": None,
+         "lora_targets": TrainConfig.lora_targets}
 KEPT = 2500
 """Samples of an arm that stay on disk."""
 ADV_UNITS, DDPM_UNITS = 8, 3
@@ -182,7 +183,7 @@ def _train(arm: Arm, kept: Path, data: Data) -> dict:
         "train_cpu_s": time.process_time() - begin_cpu,
         "trained_git": git_revision(),
     }
-    weights = {k: v.contiguous() for k, v in trainer.emas[0].model.state_dict().items()}
+    weights = {k: v.contiguous() for k, v in trainer.averaged().state_dict().items()}
     save_file(weights, kept / f"{arm.training_key}.safetensors")
     # Last: the record is what says that the training is done.
     path.write_text(json.dumps(record, indent=1))

@@ -6,6 +6,9 @@ A checkpoint is a directory ``checkpoints/step-00001234``::
     state.json                                                            everything else
     MANIFEST.json           size and sha256 of each file and of itself; written last
 
+Beside them lies ``origin.safetensors`` if the weights are those of a model plus adapters: the model,
+which never changes, is written once. ``state.json`` has its size and sha256.
+
 It is written to ``.tmp-<uuid>`` beside its place, flushed to the disk file by file, and moved into
 place by a single rename: a crash, a full disk or a kill at any moment leaves the earlier ones as
 they were. Reading compares every byte with the manifest before any of it is parsed, and a damaged
@@ -39,6 +42,7 @@ from robustdm.errors import RunError, UsageError
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+ORIGIN = "origin.safetensors"
 
 _log = logging.getLogger("robustdm")
 _STEP = re.compile(r"step-(\d{8,})")
@@ -132,6 +136,30 @@ def save_checkpoint(
         raise
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def save_origin(root: Path, tensors: dict[str, Tensor]) -> dict:
+    """Write ``root/origin.safetensors``, in full or not at all; what an older one held is lost.
+
+    Returns:
+        Its size and sha256, for `load_origin`.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    root = Path(root)
+    staging = root / f".tmp-{uuid.uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_space(root, {"origin": tensors}, 0)
+        entry = _write_file(staging, _chunks(tensors))
+        os.rename(staging, root / ORIGIN)
+        _sync_directory(root)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise CheckpointError(f"{root / ORIGIN} was not written: {error.strerror or error}; make "
+                              "room or choose another --out") from error
+    return entry
 
 
 def _aside(final: Path) -> Path:
@@ -284,6 +312,21 @@ def load_checkpoint(
         return _load(path, None if names is None else list(names), device)
     except _Damaged as damage:
         raise RunError(f"the checkpoint {path} is damaged: {damage}; use another one") from None
+
+
+def load_origin(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The model that a checkpoint's adapters belong to.
+
+    Raises:
+        RunError: its file is missing or damaged.
+    """
+    path = checkpoint.path.parent / ORIGIN
+    try:
+        group = safetensors.torch.load(_read_file(path, checkpoint.state["origin"]))
+    except (_Damaged, KeyError) as damage:
+        raise RunError(f"{path.parent}: {damage}; put back a copy of it: without the model that "
+                       "its adapters belong to, the run cannot be used") from None
+    return {key: tensor.to(device) for key, tensor in group.items()}
 
 
 def verify(path: Path) -> list[str]:
@@ -449,4 +492,7 @@ def clean_stale(root: Path) -> None:
         else:
             os.rename(path, final)
     for path in root.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -133,6 +133,13 @@ class TrainConfig:
     """init_from: read pickle files (.pt, .bin) too; tensors only, no code is run."""
     freeze: tuple[str, ...] = ()
     """Names of parameters that stay as they are, with * and ?: down_blocks.* time_embedding.*"""
+    lora: int = 0
+    """init_from: train low-rank adapters of this rank instead of the network's own weights (extra
+    `lora`); 0: off."""
+    lora_alpha: float | None = None
+    """lora: the adapters' product is multiplied by this over the rank; by default the rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    """lora: layers that get adapters, by the last parts of their names, with * and ?."""
     pretrained: Annotated[dict | None, tyro.conf.Suppress] = None
     """What init_from led to: source, sha256, arguments of the UNet, schedule. Not set by hand."""
 
@@ -236,7 +243,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range",
-                     "freeze"):
+                     "freeze", "lora_targets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("data_dir", "corrupt_with", "out", "config"):
             value = getattr(self, name)
@@ -257,7 +264,7 @@ class TrainConfig:
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
                      "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
                      "point_noise_level", "subspace_noise_dims", "seed", "checkpoint_minutes",
-                     "crop"):
+                     "crop", "lora"):
             need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("corrupt_fraction", "corrupt_pixels", "max_bad"):
             need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")
@@ -281,6 +288,16 @@ class TrainConfig:
              "give one or several decay rates, from 0 to below 1")
         need(len(set(self.ema_rates)) == len(self.ema_rates), "ema_rates",
              "the rates must differ from each other")
+        if self.lora:
+            need(self.network == "unet", "lora", "only networks for images can have adapters")
+            need(not self.freeze, "freeze", "with --lora all of the network's own parameters stay "
+                 "as they are: leave it out, and choose layers with --lora-targets")
+            need(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "it must be positive")
+            need(len(self.lora_targets) > 0, "lora_targets", "name at least one layer")
+        else:
+            for name in ("lora_alpha", "lora_targets"):
+                need(getattr(self, name) == getattr(type(self), name), name,
+                     "it does nothing without --lora RANK")
         need(self.num_heads is None or self.num_heads >= 1, "num_heads", "at least 1")
         need(len(self.block_channels) > 0 and all(c % self.norm_groups == 0
                                                   for c in self.block_channels),

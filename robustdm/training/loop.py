@@ -20,6 +20,7 @@ from robustdm.data import batches
 from robustdm.device import keep_freed_memory
 from robustdm.distributed import Ranks, join, restarts
 from robustdm.errors import RunError, UsageError
+from robustdm.models import lora
 from robustdm.pipeline import save_pipeline
 from robustdm.pretrained import settle
 from robustdm.random import shuffled
@@ -148,6 +149,8 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
             checkpoint = load_newest(config.out / "checkpoints") if config.resume else None
             if checkpoint is not None:
                 trainer.restore(checkpoint)
+            elif run is not None:
+                trainer.keep_origin(run.checkpoints)
             del checkpoint
             if trainer.step >= config.steps and _finished_step(config.out) == trainer.step:
                 raise UsageError(
@@ -510,10 +513,12 @@ class _Session:
         if trainer.data.is_image:
             self._warn_of_noise(measures["samples"])
             save_pipeline(
-                trainer.emas[0].model, trainer.schedule, out / "pipeline",
+                trainer.averaged(), trainer.schedule, out / "pipeline",
                 clip_sample=config.clip_samples,
                 variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
             )
+        if config.lora:
+            lora.export(trainer.emas[0].model, out / "adapter")
         summary = {
             "step": trainer.step,
             "ranks": self.ranks.size,
@@ -539,7 +544,10 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     ranks = trainer.ranks.size
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
     pieces += f" on each of {ranks} ranks" if ranks > 1 else ""
-    trained = f", {trainer.trained:,} of them trained" if config.freeze else ""
+    trained = f", {trainer.trained:,} of them trained" if config.freeze or config.lora else ""
+    if config.lora:  # the adapters, their averages, and two moments of each number
+        size = 4 * trainer.trained * (3 + len(config.ema_rates)) / 2**20
+        trained += f" (adapters of rank {config.lora}; {size:.2f} MiB in a checkpoint)"
     lines = (
         f"data       {trainer.data.describe()}",
         f"network    {config.network}, {trainer.parameters / 1e6:.2f} M parameters{trained}",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robustdm.errors import UsageError
-from robustdm.models import build_model
+from robustdm.models import build_model, lora
 from robustdm.training.config import TrainConfig
 from robustdm.training.trainer import resolve_device
 
@@ -32,7 +32,8 @@ def estimate_bytes(
 
     Returns:
         ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
-        ``total``. Of frozen parameters, activations are counted as if they were not.
+        ``total``. Of frozen parameters, activations are counted as if they were not; those of
+        adapters are not counted.
     """
     with FakeTensorMode(), torch.device(resolve_device(config.device)):
         model = build_model(config, shape)
@@ -61,7 +62,10 @@ def estimate_bytes(
     activations += 64 * x.numel()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    weights = size * (1 + len(config.ema_rates)) + 3 * trained
+    if config.lora:
+        trained = 4 * lora.count(model, config)
+        size += trained
+    weights = size + trained * (3 + len(config.ema_rates))
     if config.precision == "bf16":
         weights += (size + trained) // 2  # working weights and their gradients
     if ranks > 1:

@@ -14,6 +14,8 @@ from robustdm import ops
 class EMA:
     """Exponential moving average of a network's weights, kept as a network of its own.
 
+    It shares those that are not trained with the network.
+
     The decay rises as min(rate, (1 + n) / (10 + n)) over the updates n, so that a short run does
     not average in its random start.
 
@@ -26,16 +28,18 @@ class EMA:
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._source = list(model.parameters())
-        self._average = list(self.model.parameters())
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, shared).eval()
+        self._source = [p for p in model.parameters() if p.requires_grad]
+        self._average = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
 
     def decay(self, step: int) -> float:
         """The decay after optimizer step ``step`` (from 0)."""
         return min(self.rate, (1 + step) / (10 + step))
 
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """The average of every weight."""
+        """The average of every weight that is trained."""
         return dict(zip(self._source, self._average, strict=True))
 
     @torch.no_grad()

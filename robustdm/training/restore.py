@@ -6,6 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from robustdm.errors import UsageError
+from robustdm.models import lora
+from robustdm.training.checkpoint import Checkpoint, load_origin
+from robustdm.training.config import TrainConfig
+
+
+def averaged_weights(
+    checkpoint: Checkpoint, name: str, config: TrainConfig, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """The weights of a moving average in a run's checkpoint; adapters are merged into the model.
+
+    Raises:
+        RunError: adapters whose model is missing or damaged.
+    """
+    found = checkpoint.tensors[name]
+    if not config.lora:
+        return found
+    return lora.merged(load_origin(checkpoint, device), found, lora.scale(config))
 
 
 def check_model_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_checkpoint, load_newest
 from robustdm.training.config import TrainConfig
-from robustdm.training.restore import check_model_shapes
+from robustdm.training.restore import averaged_weights, check_model_shapes
 from robustdm.training.rundir import read_config
 
 
@@ -108,7 +108,7 @@ def load_run(
         raise RunError(f"{directory} has no checkpoint yet: train for at least one interval")
     shape = tuple(found.state["shape"])
     model = build_model(config, shape).to(device)
-    weights = found.tensors[name]
+    weights = averaged_weights(found, name, config, device)
     check_model_shapes(model, weights)
     model.load_state_dict(weights)
     model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +16,19 @@ from robustdm.distributed import ALONE, Ranks
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import UsageError
 from robustdm.inference import fast_network
-from robustdm.models import build_model
+from robustdm.models import build_model, lora
 from robustdm.models.build import set_attention
 from robustdm.objectives import Objective, dropout_seed
 from robustdm.pretrained import describe, probe, settle, start_from
 from robustdm.resident import ResidentBatch
 from robustdm.sampling import sample
 from robustdm.step import Gradients, GradientStep, WorkingCopy
-from robustdm.training.checkpoint import Checkpoint, list_checkpoints
+from robustdm.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_origin,
+    save_origin,
+)
 from robustdm.training.config import TrainConfig
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.optimizer import EMA, SkippingAdamW
@@ -62,6 +68,7 @@ class Trainer:
     ):
         self.config = config = settle(config)
         self.ranks = ranks
+        lora.check(config, weights is not None)
         self.device = resolve_device(config.device)
         self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
@@ -79,6 +86,8 @@ class Trainer:
 
                 fuse(self.model)
         self.origin = self._load_origin() if weights is None else ""
+        if config.lora:
+            lora.add(self.model, config)
         self.model.train()
         self.network = WorkingCopy(self.model) if config.precision == "bf16" else self.model
         self.gradient_step = GradientStep(self.network, self.objective)
@@ -91,6 +100,7 @@ class Trainer:
         self._graph: StepGraph | None = None
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self._origin_file: dict | None = None
         self.step = 0
         self.elapsed = 0.0
         self.lr = 0.0
@@ -298,8 +308,13 @@ class Trainer:
             losses.append(plain(network, piece, draw).fit)
         return torch.cat(losses).mean().item()
 
+    def averaged(self) -> nn.Module:
+        """The network with the first moving average; adapters are merged into its layers."""
+        network = self.emas[0].model
+        return lora.without(network, lora.scale(self.config)) if self.config.lora else network
+
     def _averaged_network(self) -> nn.Module:
-        return fast_network(self.emas[0].model, precision=self.config.precision, cuda_graph=False)
+        return fast_network(self.averaged(), precision=self.config.precision, cuda_graph=False)
 
     def generate(
         self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
@@ -336,13 +351,26 @@ class Trainer:
 
     # Checkpoints.
 
+    def keep_origin(self, root: Path) -> None:
+        """Write what adapters are added to, once, beside the checkpoints, which hold only them.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        if self.config.lora:
+            self._origin_file = save_origin(root, lora.split(self.model)[0])
+
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Everything a continuation needs: tensors by file, and JSON."""
         moments, settings = optimizer_tensors(self.optimizer)
-        tensors = {"model": self.model.state_dict(), "optimizer": moments}
+        def weights(network: nn.Module) -> dict[str, Tensor]:
+            return lora.split(network)[1] if self.config.lora else network.state_dict()
+
+        tensors = {"model": weights(self.model), "optimizer": moments}
         for ema in self.emas:
-            tensors[f"ema_{ema.rate}"] = ema.model.state_dict()
-        return tensors, {
+            tensors[f"ema_{ema.rate}"] = weights(ema.model)
+        origin = {} if self._origin_file is None else {"origin": self._origin_file}
+        return tensors, origin | {
             "shape": list(self.data.shape),
             "is_image": self.data.is_image,
             "elapsed": self.elapsed,
@@ -357,6 +385,7 @@ class Trainer:
 
         Raises:
             UsageError: if it belongs to other data, another network or another random layout.
+            RunError: if it holds adapters, and their model's file is missing or damaged.
         """
         state = checkpoint.state
         if state["random_layout"] != random.LAYOUT_VERSION:
@@ -365,12 +394,17 @@ class Trainer:
                 f"version has {random.LAYOUT_VERSION}: continue it with the version that wrote it"
             )
         check_same_data(state["data"], self.data.identity(), checkpoint.path)
-        check_model_shapes(self.model, checkpoint.tensors["model"])
-        self.model.load_state_dict(checkpoint.tensors["model"])
+        tensors = checkpoint.tensors
+        if self.config.lora:
+            own, self._origin_file = load_origin(checkpoint), state["origin"]
+            tensors = tensors | {name: lora.joined(own, found) for name, found in tensors.items()
+                                 if name != "optimizer"}
+        check_model_shapes(self.model, tensors["model"])
+        self.model.load_state_dict(tensors["model"])
         self.optimizer.write_copies()
         for ema in self.emas:
-            ema.model.load_state_dict(checkpoint.tensors[f"ema_{ema.rate}"])
-        load_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
+            ema.model.load_state_dict(tensors[f"ema_{ema.rate}"])
+        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
         self.step, self.elapsed = checkpoint.step, state["elapsed"]
         self.skipped.fill_(state["skipped"])
 
