@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from robustdm.errors import RunError, UsageError
+from robustdm.training import faults
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -210,7 +211,7 @@ def _chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
     """Write and flush to the disk; the manifest's entry is made of what was meant to be written."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
+    with faults.watched(open(path, "xb")) as file:
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)

@@ -1,0 +1,29 @@
+"""The groups of the campaign, and what is imported before the first trial."""
+
+from __future__ import annotations
+
+import torch
+
+from . import damage, determinism, interruptions
+from .campaign import Group
+
+GROUPS = {group.name: group for group in (
+    Group("F1", "kill -9", 100, interruptions.kill),
+    Group("F2", "signals", 40, interruptions.signalled),
+    Group("F4", "truncated files", 200, damage.truncate),
+    Group("F5", "flipped bits", 200, damage.flip),
+    Group("F13", "determinism", 50, determinism.repeat),
+)}
+
+
+def warm_up() -> None:
+    """Import what runs import, so that the trials' processes start in milliseconds."""
+    import diffusers  # noqa: F401
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
+
+    import robustdm.data.images  # noqa: F401
+    import robustdm.models.fuse  # noqa: F401
+    from robustdm.data.digits import load_digits
+
+    torch.set_num_threads(1)
+    load_digits()
