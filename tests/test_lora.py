@@ -167,7 +167,8 @@ def test_which_layers_get_adapters():
                                   for m in unet.modules())
     # Names of whole parts: neither half a part nor a parameter is one.
     for pattern in ("o_q", "to_q.weight", "norm1"):
-        with pytest.raises(UsageError, match=f"lora_targets has '{pattern}': no linear layer .*to_"):
+        error = f"lora_targets has '{pattern}': no linear layer .*to_"
+        with pytest.raises(UsageError, match=error):
             found("to_q", pattern)
 
 

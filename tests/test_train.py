@@ -236,8 +236,8 @@ def poison(monkeypatch, bad_steps):
     """Put a NaN into the batches of some steps."""
     original = loop.batches
 
-    def batches(data, config, start, device):
-        for step, (x, indices) in enumerate(original(data, config, start, device), start):
+    def batches(data, config, start, *where):
+        for step, (x, indices) in enumerate(original(data, config, start, *where), start):
             yield (x * float("nan") if step in bad_steps else x), indices
 
     monkeypatch.setattr(loop, "batches", batches)

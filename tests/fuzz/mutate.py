@@ -15,7 +15,8 @@ VALUES = (
     "é" * 50, [], {}, [[]], [0], [1, 2, 3], ["x"], {"x": 1}, [None], [[1, 2], 3], [10**9] * 3,
 )
 TOKENS = (
-    b"\0", b"\xff" * 4, b"\xff" * 8, b"\0\0\0\x80", b"{", b"[", b"]", b'"', b":", b"-", b"\n", b"*a",
+    b"\0", b"\xff" * 4, b"\xff" * 8, b"\0\0\0\x80", b"{", b"[", b"]", b'"', b":", b"-", b"\n",
+    b"*a",
     b"&a ", b"<<: ", b"!!python/object/apply:os.system ", b"- ", b"PK\x01\x02", b"PK\x03\x04",
     b"../", b"IDAT", b"IHDR", b"tRNS", b"iCCP", b"eXIf", b"shape", b"|O", b"fortran_order", b"<f8",
     b"None", b"True", b"-1", b"1e400", b"NaN", b"Infinity", b"9" * 30, b"9" * 5000, b"\xed\xa0\x80",

@@ -158,7 +158,8 @@ class Zip(Target):
     def more(self):
         kinds = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
         packed = [self._pack(kind) for kind in kinds]
-        packed.append(self._pack(zipfile.ZIP_STORED, ("../up.png", "/root.png", "a\\b.png", "é.png")))
+        names = ("../up.png", "/root.png", "a\\b.png", "é.png")
+        packed.append(self._pack(zipfile.ZIP_STORED, names))
         return [("set.zip", content) for content in packed]
 
     def read(self, folder, slot):
