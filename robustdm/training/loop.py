@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import signal
@@ -10,9 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from robustdm import images
@@ -43,8 +46,8 @@ from robustdm.training.memory import (
     finer_pieces,
 )
 from robustdm.training.progress import Progress
-from robustdm.training.rundir import RunDir, check_use, write_json, write_text
-from robustdm.training.signals import SIGNALS, StopSignals, exit_code
+from robustdm.training.rundir import RunDir, check_use, write_bytes, write_json
+from robustdm.training.signals import SIGNALS, Stopped, StopSignals, exit_code
 from robustdm.training.trainer import Trainer, device_name
 
 CLEAN_NOISE_LEVEL = 0.04
@@ -217,9 +220,9 @@ class _Session:
         self.config, self.ranks = trainer.config, trainer.ranks
         self.loggers = None
         if run is not None:
-            run.samples.mkdir(exist_ok=True)
             self.loggers = make_loggers(self.config, run.path, trainer.step, progress.message)
         self.warnings: list[str] = []
+        self.lost: list[str] = []
         self.started = time.monotonic()
         self.before = trainer.elapsed
         self.first_step = trainer.step
@@ -250,11 +253,19 @@ class _Session:
             self._write_quarantine()
             self._write_reference()
         stream = batches(trainer.data, config, trainer.step, trainer.device, self.ranks)
-        if config.compile and trainer.step < config.steps:
+        alone = self.ranks.size == 1
+        if config.compile and trainer.step < config.steps and not (
+                alone and self.signals.received):
             first = next(stream)
-            self._compile(first[0])
+            # Minutes, in which there is nothing new that would have to be saved.
+            with contextlib.suppress(Stopped), (
+                    self.signals.raising() if alone else contextlib.nullcontext()):
+                self._compile(first[0])
             stream = itertools.chain([first], stream)
         stopped = None
+        if alone and self.signals.received:
+            self.stop_signal = self.signals.received
+            stopped = self.stop_signal.name
         self.progress.restart()
         self.logged = time.monotonic()
         while trainer.step < config.steps and stopped is None:
@@ -353,7 +364,17 @@ class _Session:
         bad = self.trainer.data.quarantine
         if bad:
             text = "".join(f"{path}\t{reason}\n" for path, reason in bad)
-            write_text(self.run_dir.path / "quarantine.txt", text)
+            self._keep(self.run_dir.path / "quarantine.txt", lambda file: file.write(text.encode()))
+
+    def _keep(self, path: Path, save: Callable[[BinaryIO], object]) -> None:
+        """Write a file that training can do without: a full disk costs the file and a warning."""
+        content = io.BytesIO()
+        save(content)
+        try:
+            write_bytes(path, content.getvalue())
+        except RunError as error:
+            self.lost.append(path.name)
+            self.warn(str(error))
 
     def _check_skips(self, in_a_row: int, step: int, indices: Tensor) -> None:
         if not in_a_row:
@@ -404,12 +425,15 @@ class _Session:
             self._check_skips(record.get("skipped_in_a_row", 0), record["step"], indices)
 
     def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
-        data = self.trainer.data
-        np.savez_compressed(self.run_dir.samples / f"{name}.npz", samples=samples.numpy())
+        data, place = self.trainer.data, self.run_dir.samples
+        self._keep(place / f"{name}.npz",
+                   lambda file: np.savez_compressed(file, samples=samples.numpy()))
         if data.is_image:
             shown = samples[:64] * (1.0 if self.config.clip_samples else REDUCED_CONTRAST)
-            images.save_grid(self.run_dir.samples / f"{name}.png", shown)
-            self.loggers.images(self.trainer.step, "samples", images.grid(shown))
+            grid = images.grid(shown)
+            self._keep(place / f"{name}.png",
+                       lambda file: images.to_pil(grid).save(file, format="png"))
+            self.loggers.images(self.trainer.step, "samples", grid)
         return data.measure(samples)
 
     def _write_reference(self) -> None:
@@ -422,7 +446,8 @@ class _Session:
         if not torch.equal(train, clean):
             arrays["clean"] = clean.numpy()
         self.reference = {name: data.measure(torch.from_numpy(a)) for name, a in arrays.items()}
-        np.savez_compressed(self.run_dir.samples / "reference.npz", **arrays)
+        self._keep(self.run_dir.samples / "reference.npz",
+                   lambda file: np.savez_compressed(file, **arrays))
         level = self.reference["train"].get("noise_level", 1.0)
         spoilt = "clean" in arrays and self.config.corrupt_kind != "gaussian"  # but not by noise
         if level < CLEAN_NOISE_LEVEL and not spoilt and self.config.objective != "ddpm":
@@ -495,6 +520,7 @@ class _Session:
     def _finish(self, complete: bool) -> dict:
         """Samples, pipeline, summary and report from what has been trained so far."""
         trainer, config = self.trainer, self.config
+        self.lost.clear()
         if self.ranks.main:
             self.progress.message("sampling for the report ...")
         if complete:
@@ -512,13 +538,22 @@ class _Session:
             measures["clean data"] = self.reference["clean"]
         if trainer.data.is_image:
             self._warn_of_noise(measures["samples"])
-            save_pipeline(
-                trainer.averaged(), trainer.schedule, out / "pipeline",
-                clip_sample=config.clip_samples,
-                variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
+            try:
+                save_pipeline(
+                    trainer.averaged(), trainer.schedule, out / "pipeline",
+                    clip_sample=config.clip_samples,
+                    variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
+                )
+                if config.lora:
+                    lora.export(trainer.emas[0].model, out / "adapter")
+            except (OSError, SafetensorError) as error:
+                self.lost.append("pipeline")
+                self.warn(f"{out / 'pipeline'} was not written: {error}")
+        if self.lost:
+            raise RunError(
+                f"step {trainer.step} is saved, but {', '.join(self.lost)} could not be written to "
+                f"{out}: make room, then --resume writes what is missing"
             )
-        if config.lora:
-            lora.export(trainer.emas[0].model, out / "adapter")
         summary = {
             "step": trainer.step,
             "ranks": self.ranks.size,

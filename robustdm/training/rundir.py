@@ -122,6 +122,11 @@ class RunDir:
                 sessions = list(json.loads(run_json.read_bytes())["sessions"])
         sessions.append(provenance())
         resolved = {**config.to_dict(), **_SWITCHES_OFF}
+        try:
+            self.samples.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.samples} was not made: {error.strerror}; make room or choose "
+                           "another --out") from error
         write_text(self.path / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
         write_json(run_json, {**facts, "sessions": sessions})
 
@@ -204,7 +209,7 @@ def read_config(path: Path) -> dict:
     return values
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one rename, so that readers see the old or the new one, never a part.
 
     Raises:
@@ -213,8 +218,8 @@ def write_text(path: Path, text: str) -> None:
     path = Path(path)
     staging = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
-        with open(staging, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(staging, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
@@ -225,8 +230,13 @@ def write_text(path: Path, text: str) -> None:
                        "--out") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Like :func:`write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
 def write_json(path: Path, value) -> None:
-    """Like :func:`write_text`, for a JSON-able value; numbers as in ``append_metrics``."""
+    """Like :func:`write_bytes`, for a JSON-able value; numbers as in ``append_metrics``."""
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 

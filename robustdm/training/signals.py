@@ -5,8 +5,10 @@ Exit codes of ``robustdm.train``: 143 after SIGTERM, 130 after SIGINT (Ctrl-C) a
 finished or was stopped by ``--stop-after`` or ``--max-time``; 1 and 2 for errors.
 """
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -14,6 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def exit_code(received: signal.Signals | None) -> int:
     """128 + number of a signal, by the shell's convention; 0 without one."""
     return 0 if received is None else 128 + received
+
+
+class Stopped(BaseException):
+    """A signal came in work that nothing is lost by leaving."""
 
 
 class StopSignals:
@@ -25,6 +31,7 @@ class StopSignals:
     def __init__(self):
         self.received: signal.Signals | None = None
         self._interrupts = 0
+        self._raise = False
         self._process = os.getpid()
         self._previous: dict = {}
 
@@ -40,6 +47,15 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """While entered, a signal also raises `Stopped`, wherever the main thread is."""
+        self._raise = True
+        try:
+            yield
+        finally:
+            self._raise = False
 
     @property
     def exit_code(self) -> int:
@@ -61,3 +77,5 @@ class StopSignals:
             os.write(2, b"\nstopping after what is under way; Ctrl-C again to abort\n")
         if number == signal.SIGINT and self._interrupts > 1:
             raise KeyboardInterrupt
+        if self._raise:
+            raise Stopped

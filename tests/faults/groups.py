@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, interruptions
+from . import damage, determinism, disks, interruptions
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
     Group("F1", "kill -9", 100, interruptions.kill),
     Group("F2", "signals", 40, interruptions.signalled),
+    Group("F3", "full disks", 30, disks.fill),
     Group("F4", "truncated files", 200, damage.truncate),
     Group("F5", "flipped bits", 200, damage.flip),
     Group("F13", "determinism", 50, determinism.repeat),
