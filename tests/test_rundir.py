@@ -65,10 +65,11 @@ def test_a_new_run_describes_itself(path):
 
 def test_a_directory_that_holds_a_run_is_refused(path):
     start(path)
-    before = sorted((file.name, file.read_bytes()) for file in path.iterdir())
+    before = sorted((file.name, file.read_bytes()) for file in path.iterdir() if file.is_file())
     with pytest.raises(UsageError, match="holds a run; add --resume"):
         RunDir.open(path, CONFIG, resume=False)
-    assert sorted((file.name, file.read_bytes()) for file in path.iterdir()) == before
+    assert sorted((file.name, file.read_bytes()) for file in path.iterdir()
+                  if file.is_file()) == before
     RunDir.open(path, CONFIG, resume=True).close()
 
 
