@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -488,11 +489,35 @@ def test_another_network_or_schedule_cannot_be_asked_for(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: init_from is ")
 
 
-def test_data_of_other_channels_name_the_field(tmp_path):
-    folder, _ = save(tmp_path / "pipe", make_unet(in_channels=3, out_channels=3))
-    with pytest.raises(UsageError, match="its network takes 3 channels, the data have 1; give "
-                                         "--data-dir"):
-        Trainer(tiny(tmp_path, folder))
+def test_grey_data_for_a_colour_model_and_the_reverse(tmp_path):
+    colour, _ = save(tmp_path / "colour", make_unet(in_channels=3, out_channels=3))
+    grey, _ = save(tmp_path / "grey")
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "grey.npy", rng.integers(0, 255, (24, 8, 8), dtype=np.uint8))
+    pairs = (colour, tmp_path / "grey.npy", 3, "1 channel "), (grey, images(tmp_path, 8), 1, "3 c")
+    for model, data, channels, held in pairs:
+        config = tiny(tmp_path, model, data="images", data_dir=data)
+        match = (f"init_from is '{model}': its network takes {channels} channel.*the data, {data}, "
+                 rf"have {held}.*; --channels {channels} converts them, or choose another model")
+        with pytest.raises(UsageError, match=match):
+            Trainer(config)
+        trainer = Trainer(replace(config, channels=channels))  # as it was told
+        assert trainer.data.shape == (channels, 8, 8)
+    with pytest.raises(UsageError, match="3 channels .*digits, have 1 .*--data images --data-dir"):
+        Trainer(tiny(tmp_path, colour))
+    six, _ = save(tmp_path / "six", make_unet(in_channels=6, out_channels=6))
+    with pytest.raises(UsageError, match="6 channels, .*; no images have so many"):
+        Trainer(tiny(tmp_path, six, data="images", data_dir=tmp_path / "grey.npy"))
+
+
+def test_weights_that_are_given_win_over_the_configuration_s(tmp_path):
+    folder, unet = save(tmp_path / "pipe")
+    other = make_unet(0.3)
+    data = Trainer(tiny(tmp_path, folder)).data
+    trainer = Trainer(tiny(tmp_path, folder), data, other.state_dict())
+    assert same(predict(trainer.model), predict(other))
+    assert not same(predict(trainer.model), predict(unet))
+    assert same(predict(trainer.emas[0].model), predict(other)) and trainer.origin == ""
 
 
 def test_a_source_that_changed_is_noticed(tmp_path):

@@ -290,7 +290,8 @@ class TrainConfig:
             need(self.network == "unet", "lora", "only networks for images can have adapters")
             need(not self.freeze, "freeze", "with --lora all of the network's own parameters stay "
                  "as they are: leave it out, and choose layers with --lora-targets")
-            need(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "it must be positive")
+            need(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha",
+                 "it must be positive")
             need(len(self.lora_targets) > 0, "lora_targets", "name at least one layer")
         else:
             for name in ("lora_alpha", "lora_targets"):
