@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def targets(network: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Modul
     for pattern in patterns:
         matching = {name for name in layers if fnmatchcase(f".{name}", f"*.{pattern}")}
         if not matching:
-            ends = ", ".join(dict.fromkeys(name.split(".", 3)[-1] for name in layers))
+            ends = ", ".join(dict.fromkeys(
+                re.search(r"[^.]+(\.\d+)?$", name)[0] for name in layers))
             raise UsageError(f"lora_targets has {pattern!r}: no linear layer or convolution of the "
                              f"network has a name with that end; they end with {ends}")
         found |= matching
