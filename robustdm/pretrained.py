@@ -62,7 +62,7 @@ class Source:
     Attributes:
         name: as it was given.
         format: "diffusers", "improved-diffusion" or "run".
-        sha256: of the file with the weights.
+        sha256: of the file with the weights; of several, of their sha256s in a row.
         weights: float32, by the names of our network.
         unet: arguments of ``UNet2DModel``; None for a network for points.
         scheduler: what decides a diffusers scheduler's betas; None where the source does not say,
@@ -334,10 +334,10 @@ def _open_diffusers(
     if scheduler is not None:
         _check_scheduler(scheduler)
     if on_hub:
-        ends = ("safetensors", "bin") if allow_pickle else ("safetensors",)
-        _download(name, [f"{'unet/' if nested else ''}{_WEIGHTS}.{end}" for end in ends])
-    file = _weights_file(place, allow_pickle)
-    found, sha256 = _read_weights(file, allow_pickle)
+        names = _weights_names(place, allow_pickle)
+        _download(name, [f"{'unet/' if nested else ''}{file}" for file in names])
+    files = _weights_files(place, allow_pickle)
+    found, sha256 = _read_all(files, allow_pickle)
     weights = _renamed(found)
     _check_shapes(needed, _shapes(weights))
 
@@ -349,7 +349,7 @@ def _open_diffusers(
         log.setLevel(logging.ERROR)  # it warns of the keys that we have looked at
         try:
             model = UNet2DModel.from_pretrained(
-                place, use_safetensors=file.suffix == ".safetensors", local_files_only=True,
+                place, use_safetensors=files[0].suffix == ".safetensors", local_files_only=True,
                 attention_head_dim=unet["attention_head_dim"],
             )
         finally:
@@ -490,19 +490,53 @@ def _network_fields(unet: dict, side) -> dict:
 # Weights.
 
 
-def _weights_file(folder: Path, allow_pickle: bool) -> Path:
-    safe, pickle = folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.bin"
-    if safe.is_file():
-        return safe
-    if pickle.is_file():
-        if not allow_pickle:
-            raise UsageError(f"its weights are a pickle, {pickle.name}: add --allow-pickle to read "
+def _weights_names(folder: Path, allow_pickle: bool) -> list[str]:
+    """The files that weights may be in, as far as what is in a model's folder tells."""
+    names = []
+    for end in ("safetensors", "bin") if allow_pickle else ("safetensors",):
+        index = folder / f"{_WEIGHTS}.{end}.index.json"
+        names += _shards(index) if index.is_file() else [f"{_WEIGHTS}.{end}"]
+    return names
+
+
+def _weights_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The file, or files, that a model's weights are in."""
+    for end in ("safetensors", "bin"):
+        file = folder / f"{_WEIGHTS}.{end}"
+        index = file.with_name(f"{file.name}.index.json")
+        if not (file.is_file() or index.is_file()):
+            continue
+        if end == "bin" and not allow_pickle:
+            raise UsageError(f"its weights are a pickle, {file.name}: add --allow-pickle to read "
                              "it (tensors only, no code is run), or save it as safetensors")
-        return pickle
-    if list(folder.glob(f"{_WEIGHTS}*.index.json")):
-        raise UsageError("its weights are in several files: save them as one, with "
-                         "save_pretrained(directory, max_shard_size='50GB')")
-    raise UsageError(f"it has no weights: {safe.name} is missing")
+        return [file] if file.is_file() else [folder / name for name in _shards(index)]
+    raise UsageError(f"it has no weights: {_WEIGHTS}.safetensors is missing")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights in several files names: plain names, beside it."""
+    names = _read_json(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not names:
+        raise UsageError(f"{index.name} has no weight_map, which names a file for each tensor")
+    suffix = index.name.removesuffix(".index.json").removeprefix(_WEIGHTS)
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or not name.endswith(suffix):
+            raise UsageError(f"{index.name} names {name!r}, which is no {suffix} file beside it")
+    return names
+
+
+def _read_all(files: list[Path], allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
+    """The tensors of some files, and a hash: of several files, that of their sha256s in a row."""
+    weights: dict[str, Tensor] = {}
+    hashes = []
+    for file in files:
+        found, sha256 = _read_weights(file, allow_pickle)
+        if twice := weights.keys() & found.keys():
+            raise UsageError(f"two of its files hold {min(twice)}")
+        weights |= found
+        hashes.append(sha256)
+    return weights, hashes[0] if len(hashes) == 1 else _sha256("".join(hashes).encode())
 
 
 def _read_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:

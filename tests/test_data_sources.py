@@ -379,6 +379,32 @@ def test_a_local_parquet_set_in_memory_from_disk_and_as_a_stream(parquet, worker
     assert torch.cat(whole).tolist() == row_order(40, 0, 9, 60)
 
 
+def test_a_stream_that_declares_no_columns(tmp_path, monkeypatch):
+    """As those of CSV files, and of JSON lines in earlier versions of the library."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"label": k, "img": {"bytes": content, "path": None}} for k, content in
+            enumerate(CONTENTS)]
+    rows[20]["img"] = {"bytes": "text", "path": None}
+    rows[21]["img"] = None
+
+    def load(found):
+        data = datasets.IterableDataset.from_generator(lambda: iter(found))
+        assert data.features is None
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+        cfg = config("hf:x", stream=True, shuffle_buffer=1, max_bad=0.1)
+        return load_data(cfg), cfg
+
+    data, cfg = load(rows)
+    steps = list(itertools.islice(batches(data, cfg, 0, "cpu"), 9))
+    for x, i in steps:
+        assert np.array_equal(levels(x), IMAGES[i])
+    seen = torch.cat([i for _, i in steps]).tolist()
+    assert seen[:20] == list(range(20)) and not {20, 21} & set(seen)
+    for found, columns in (([{"file": "a.png", "label": 3}], "file, label"), ([], "none")):
+        with pytest.raises(UsageError, match=rf"its columns \({columns}\) holds the images cannot"):
+            load(found)
+
+
 @pytest.mark.parametrize("suffix, message", [
     (":test", "data_dir is .*:test': .*"),
     ("nowhere", "data_dir is .*setnowhere.*Without a network, name a local folder"),

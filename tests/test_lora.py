@@ -167,8 +167,8 @@ def test_which_layers_get_adapters():
                                   for m in unet.modules())
     # Names of whole parts: neither half a part nor a parameter is one.
     for pattern in ("o_q", "to_q.weight", "norm1"):
-        error = f"lora_targets has '{pattern}': no linear layer .*to_"
-        with pytest.raises(UsageError, match=error):
+        with pytest.raises(UsageError, match=f"lora_targets has '{pattern}': no linear .*"
+                                             "with conv_in, .*to_q, to_k, to_v, to_out.0, "):
             found("to_q", pattern)
 
 
@@ -205,6 +205,7 @@ def test_only_adapters_are_trained(peft, tmp_path, folder, precision, backend):
     assert averaged.state_dict().keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_a_compiled_step(peft, tmp_path):
     small = make_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",),
                       up_block_types=("UpBlock2D",))
@@ -249,6 +250,18 @@ def test_stopped_and_continued_without_the_model(peft, tmp_path, folder, capsys)
     # And the start of another run.
     again = Trainer(tiny(tmp_path, part.out, out=tmp_path / "again", lora=1))
     assert same(predict(again.model), predict(published))
+
+
+def test_the_seed_decides_how_adapters_begin(peft, tmp_path, folder):
+    def begin(seed, rng):
+        unet = make_unet()
+        torch.manual_seed(rng)
+        state = torch.get_rng_state()
+        lora.add(unet, tiny(tmp_path, folder, lora=2, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        return lora.split(unet)[1]["mid_block.attentions.0.to_q.lora_A.weight"]
+
+    assert torch.equal(begin(1, 5), begin(1, 6)) and not torch.equal(begin(1, 5), begin(2, 5))
 
 
 def test_the_plan_tells_what_is_trained_and_kept(peft, tmp_path, folder):

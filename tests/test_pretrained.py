@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,60 @@ def test_a_bare_unet_of_diffusers_ema(tmp_path):
     assert Trainer(config).schedule.name == "cosine(50)"
 
 
+def sharded(tmp_path, safe=True):
+    """A pipeline whose weights are in several files; returns (folder, index, network)."""
+    folder, unet = save(tmp_path / "pipe")
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet", max_shard_size="50KB", safe_serialization=safe)
+    return folder, *(folder / "unet").glob("*.index.json"), unet
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_several_files(tmp_path, safe):
+    folder, index, unet = sharded(tmp_path, safe)
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(names) > 2
+    if not safe:
+        with pytest.raises(UsageError, match="its weights are a pickle"):
+            open_source(str(folder))
+    source = open_source(str(folder), allow_pickle=not safe)
+    assert same(predict(network_of(source)), predict(unet))
+    assert same(predict(source.reference()), predict(unet))
+    trainer = Trainer(tiny(tmp_path, folder, allow_pickle=not safe))
+    assert source.sha256 in trainer.origin and "probe: largest" in trainer.origin
+    if safe:  # a change in any of them is noticed
+        weights = load_file(folder / "unet" / names[-1])
+        weights[next(iter(weights))].add_(1)
+        save_file(weights, folder / "unet" / names[-1])
+        assert open_source(str(folder)).sha256 != source.sha256
+
+
+def rename_first(index, name):
+    edit(index, lambda v: v["weight_map"].update({next(iter(v["weight_map"])): name}))
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda d, _, first: first.unlink(), "00001-of-.* cannot be read: No such file"),
+    (lambda d, index, first: shutil.copy(first, d / "unet" / "again.safetensors") and rename_first(
+        index, "again.safetensors"), "two of its files hold "),
+    (lambda d, index, _: rename_first(index, "../x.safetensors"), r"names '\.\./x.*', which is"),
+    (lambda d, index, _: rename_first(index, "/x.safetensors"), "names '/x.*, which is no"),
+    (lambda d, index, _: rename_first(index, "x.bin"), "names 'x.bin', which is no .safetens"),
+    (lambda d, index, _: rename_first(index, 5), "names '5', which is no"),
+    (lambda d, index, _: edit(index, lambda v: v.update(weight_map={})), "has no weight_map"),
+    (lambda d, index, _: edit(index, lambda v: v.update(weight_map=["a"])), "has no weight_map"),
+    (lambda d, index, _: index.write_text("{"), "index.json is no JSON object"),
+    (lambda d, index, first: edit(index, lambda v: v.update(weight_map={
+        k: f for k, f in v["weight_map"].items() if f != first.name})), "is missing, the network"),
+])
+def test_refusals_of_weights_in_several_files(tmp_path, change, match):
+    folder, index, _ = sharded(tmp_path)
+    change(folder, index, min((folder / "unet").glob("*.safetensors")))
+    with pytest.raises(UsageError, match="^init_from is '.*pipe': .*" + match) as error:
+        open_source(str(folder))
+    assert "\n" not in str(error.value)
+
+
 def test_half_precision_becomes_single(tmp_path):
     folder, unet = save(tmp_path / "pipe", make_unet().half())
     source = open_source(str(folder))
@@ -351,6 +406,16 @@ def test_a_name_on_the_hub(monkeypatch, tmp_path):
     assert len(asked) == 3
 
 
+def test_a_name_on_the_hub_with_weights_in_several_files(monkeypatch, tmp_path):
+    folder, index, unet = sharded(tmp_path)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, allow_patterns: asked.append(allow_patterns) or str(folder))
+    assert same(predict(network_of(open_source("somebody/something"))), predict(unet))
+    assert asked[1] == [f"unet/{path.name}" for path in sorted(
+        (folder / "unet").glob("*.safetensors"))]
+
+
 # Training.
 
 
@@ -488,11 +553,35 @@ def test_another_network_or_schedule_cannot_be_asked_for(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: init_from is ")
 
 
-def test_data_of_other_channels_name_the_field(tmp_path):
-    folder, _ = save(tmp_path / "pipe", make_unet(in_channels=3, out_channels=3))
-    with pytest.raises(UsageError, match="its network takes 3 channels, the data have 1; give "
-                                         "--data-dir"):
-        Trainer(tiny(tmp_path, folder))
+def test_grey_data_for_a_colour_model_and_the_reverse(tmp_path):
+    colour, _ = save(tmp_path / "colour", make_unet(in_channels=3, out_channels=3))
+    grey, _ = save(tmp_path / "grey")
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "grey.npy", rng.integers(0, 255, (24, 8, 8), dtype=np.uint8))
+    pairs = (colour, tmp_path / "grey.npy", 3, "1 channel "), (grey, images(tmp_path, 8), 1, "3 c")
+    for model, data, channels, held in pairs:
+        config = tiny(tmp_path, model, data="images", data_dir=data)
+        match = (f"init_from is '{model}': its network takes {channels} channel.*the data, {data}, "
+                 rf"have {held}.*; --channels {channels} converts them, or choose another model")
+        with pytest.raises(UsageError, match=match):
+            Trainer(config)
+        trainer = Trainer(replace(config, channels=channels))  # as it was told
+        assert trainer.data.shape == (channels, 8, 8)
+    with pytest.raises(UsageError, match="3 channels .*digits, have 1 .*--data images --data-dir"):
+        Trainer(tiny(tmp_path, colour))
+    six, _ = save(tmp_path / "six", make_unet(in_channels=6, out_channels=6))
+    with pytest.raises(UsageError, match="6 channels, .*; no images have so many"):
+        Trainer(tiny(tmp_path, six, data="images", data_dir=tmp_path / "grey.npy"))
+
+
+def test_weights_that_are_given_win_over_the_configuration_s(tmp_path):
+    folder, unet = save(tmp_path / "pipe")
+    other = make_unet(0.3)
+    data = Trainer(tiny(tmp_path, folder)).data
+    trainer = Trainer(tiny(tmp_path, folder), data, other.state_dict())
+    assert same(predict(trainer.model), predict(other))
+    assert not same(predict(trainer.model), predict(unet))
+    assert same(predict(trainer.emas[0].model), predict(other)) and trainer.origin == ""
 
 
 def test_a_source_that_changed_is_noticed(tmp_path):

@@ -122,7 +122,9 @@ def _open_hub(path: Path, streaming: bool):
         name = os.path.abspath(name)  # else a folder called parquet would be taken for a format
     try:
         data = datasets.load_dataset(name, *rest, split=split, streaming=streaming)
-        features = data.features or {}
+        features = data.features
+        if features is None:  # a stream of a form that declares nothing: its first row tells
+            features = next(iter(data), {})
     except Exception as error:  # the network, the files, the split: each with errors of its own
         raise UsageError(
             f"data_dir is {str(path)!r}: {_line(error)}. Without a network, name a local folder of "
@@ -135,7 +137,8 @@ def _open_hub(path: Path, streaming: bool):
         columns = [key for key in columns if key in ("image", "img")]
     if len(columns) != 1:
         raise UsageError(f"data_dir is {str(path)!r}: which of its columns "
-                         f"({', '.join(features) or 'none'}) holds the images cannot be told")
+                         f"({', '.join(features) or 'none'}) holds the images cannot be told: it "
+                         "must have the type Image, or fields named bytes and path")
     (column,) = columns
     if isinstance(features[column], datasets.Image):
         data = data.cast_column(column, datasets.Image(decode=False))
@@ -144,8 +147,8 @@ def _open_hub(path: Path, streaming: bool):
 
 def _content(row: dict | None) -> bytes:
     """The picture file in a row's column."""
-    row = row or {}
-    if row.get("bytes") is not None:
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("bytes"), bytes):
         return _checked(row["bytes"])
     if not row.get("path"):
         raise BadImage("an empty row")

@@ -116,15 +116,27 @@ def _build(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
         return UNet2DModel(**unet_config(config, shape[0]))
 
 
+def _counted(channels: int) -> str:
+    kind = {1: " (grey)", 3: " (colour)", 4: " (colour and transparency)"}.get(channels, "")
+    return f"{channels} channel{'' if channels == 1 else 's'}{kind}"
+
+
 def _build_like(config: TrainConfig, channels: int) -> nn.Module:
     from diffusers import UNet2DModel
 
     unet = config.pretrained["unet"]
-    if unet["in_channels"] != channels:
+    wanted = unet["in_channels"]
+    if wanted != channels:
+        if config.data in ("digits", "subspace"):
+            remedy = "name images of your own with --data images --data-dir"
+        elif wanted in (1, 3, 4):
+            remedy = f"--channels {wanted} converts them"
+        else:
+            remedy = "no images have so many"
         raise UsageError(
-            f"init_from is {config.init_from!r}: its network takes {unet['in_channels']} channels, "
-            f"the data have {channels}; give --data-dir with images of {unet['in_channels']} "
-            "channels, or another model"
+            f"init_from is {config.init_from!r}: its network takes {_counted(wanted)}, the data, "
+            f"{config.data_dir or config.data}, have {_counted(channels)}; {remedy}, or choose "
+            "another model"
         )
     model = UNet2DModel(**{**unet, "sample_size": config.resolution, "dropout": config.dropout})
     if unet["time_embedding_type"] == "learned":

@@ -1,8 +1,13 @@
 """LoRA: low-rank adapters beside the layers of a network, trained in place of its own weights.
 
 peft puts the adapters in. Everything else, merging them into the weights above all, needs tensors
+<<<<<<< HEAD
 alone, so that a run can be used where peft is not installed. Adapters are named as peft's files
 name them: ``mid_block.attentions.0.to_q.lora_A.weight``.
+=======
+alone, so that a run can be used where peft is not installed. Adapters are named as in peft's files:
+``mid_block.attentions.0.to_q.lora_A.weight``.
+>>>>>>> lora-new
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 """
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -60,7 +66,8 @@ def targets(network: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Modul
     for pattern in patterns:
         matching = {name for name in layers if fnmatchcase(f".{name}", f"*.{pattern}")}
         if not matching:
-            ends = ", ".join(dict.fromkeys(name.split(".", 3)[-1] for name in layers))
+            ends = ", ".join(dict.fromkeys(
+                re.search(r"[^.]+(\.\d+)?$", name)[0] for name in layers))
             raise UsageError(f"lora_targets has {pattern!r}: no linear layer or convolution of the "
                              f"network has a name with that end; they end with {ends}")
         found |= matching

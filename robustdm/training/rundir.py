@@ -361,7 +361,7 @@ def provenance() -> dict:
     import torch
 
     versions = {"python": platform.python_version(), "robustdm": robustdm.__version__}
-    for name in ("torch", "numpy", "diffusers", "safetensors", "triton", "xformers"):
+    for name in ("torch", "numpy", "diffusers", "safetensors", "triton", "xformers", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
