@@ -41,3 +41,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_apart():
+    """The compiler gives up on code that it has compiled too often: each file starts anew."""
+    yield
+    torch.compiler.reset()
