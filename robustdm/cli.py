@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robustdm.errors import PeerError, RobustDMError, UsageError
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.training.config import TrainConfig, load_yaml, preset_values
 
 
 def on_main_rank() -> bool:
@@ -41,15 +41,12 @@ def read_yaml(path: Path) -> dict:
     Raises:
         UsageError: if the file is missing, is not YAML or is not a mapping.
     """
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = load_yaml(path)
+    except OSError as error:
         raise UsageError(f"config is {str(path)!r}: it cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise UsageError(f"config is {str(path)!r}: it is not valid YAML ({detail})") from None
+    except ValueError as error:
+        raise UsageError(f"config is {str(path)!r}: it is not valid YAML ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"config is {str(path)!r}: it must hold one 'field: value' per line")
     return values

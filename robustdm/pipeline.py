@@ -10,6 +10,9 @@ import torch
 from robustdm.errors import UsageError
 from robustdm.schedule import NoiseSchedule
 
+# Tables of more would only fill the memory; the largest in use have some thousands.
+_MAX_TIMESTEPS = 1 << 20
+
 
 def scheduler_config(schedule: NoiseSchedule) -> dict:
     """Arguments that make a diffusers scheduler have this schedule's betas.
@@ -44,6 +47,8 @@ def schedule_from(config: dict) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     try:
+        if not config.get("num_train_timesteps", 0) <= _MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is above {_MAX_TIMESTEPS}")
         scheduler = DDPMScheduler(**config)
     except Exception as error:  # whatever a wrong value meets first
         text = (str(error).strip().splitlines() or [""])[0][:200]

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from robustdm.errors import RunError, UsageError
-from robustdm.models import improved, unet_config
+from robustdm.models import improved, make_unet, unet_config
 from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_newest
 from robustdm.training.config import TrainConfig
-from robustdm.training.restore import averaged_weights, shape_problems, some_of
+from robustdm.training.restore import averaged_weights, sample_kind, shape_problems, some_of
 from robustdm.training.rundir import read_config
 
 NETWORK_FIELDS = (
@@ -276,15 +276,16 @@ def _open_run(name: str, path: Path, ema: float | None) -> Source:
     unet = None
     if config.network == "unet":
         unet = _arguments(
-            {**(origin.get("unet") or _plain(unet_config(config, found.state["shape"][0]))),
+            {**(origin.get("unet") or _plain(unet_config(config, sample_kind(found)[0][0]))),
              "sample_size": config.resolution}
         )
+    weights = averaged_weights(found, average, config)
+    told = found.state["origin"]["sha256"].encode() if config.lora else b""
     file = (found.path / f"{average}.safetensors").read_bytes()
     fields = {name: getattr(config, name)
               for name in (*NETWORK_FIELDS, *SCHEDULE_FIELDS, "resolution", "clip_samples")}
     return Source(
-        name, "run", _sha256(file + found.state.get("origin", {}).get("sha256", "").encode()),
-        averaged_weights(found, average, config), unet, origin.get("scheduler"),
+        name, "run", _sha256(file + told), weights, unet, origin.get("scheduler"),
         origin.get("variance_type", "fixed_large"), fields,
     )
 
@@ -565,11 +566,22 @@ def _read_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], st
     ):
         held = list(weights)[:5] if isinstance(weights, dict) else type(weights).__name__
         raise UsageError(f"{path.name} holds {held}: give a state dict alone, names and tensors")
-    bad = [key for key, value in weights.items()
-           if not value.is_floating_point() or not bool(value.isfinite().all())]
-    if bad:
-        raise UsageError(f"{path.name}: {bad[0]} holds something else than finite numbers")
-    return {key: value.float() for key, value in weights.items()}, _sha256(data)
+    # A pickle can repeat a few bytes as a tensor of any size, and one tensor under any number of
+    # names, which would be copies from here on.
+    if sum(value.numel() for value in weights.values()) > 2 * len(data):
+        raise UsageError(f"{path.name}: its tensors are larger than the file")
+    found = {}
+    for key, value in weights.items():
+        try:
+            if not value.is_floating_point():
+                raise ValueError
+            found[key] = value.float()  # before it is looked at: of float8 torch knows no isfinite
+            if not bool(found[key].isfinite().all()):
+                raise ValueError
+        except (ValueError, RuntimeError):  # of sparse and other special tensors
+            raise UsageError(
+                f"{path.name}: {key} holds something else than finite numbers") from None
+    return found, _sha256(data)
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -596,15 +608,8 @@ def _without_wrappers(name: str) -> str:
 
 def _skeleton(unet: dict) -> dict[str, Tensor]:
     """The state dict of a ``UNet2DModel``, without memory for it."""
-    from diffusers import UNet2DModel
-
-    try:
-        with torch.device("meta"):
-            return UNet2DModel(**unet).state_dict()
-    except Exception as error:  # whatever a wrong value meets first
-        text = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UsageError(f"its config.json describes no network that can be built "
-                         f"({type(error).__name__}: {text})") from None
+    with torch.device("meta"):
+        return make_unet(unet).state_dict()
 
 
 def _check_shapes(needed: dict[str, tuple], found: dict[str, tuple]) -> None:

@@ -330,7 +330,7 @@ REFUSED = {
     "fourier": (lambda d: edit(config_of(d), lambda v: v.update(time_embedding_type="fourier")),
                 "noise scales"),
     "nonsense": (lambda d: edit(config_of(d), lambda v: v.update(down_block_types=["No", "Yes"])),
-                 "describes no network that can be built"),
+                 "no network can be built"),
     "v": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: v.update(
         prediction_type="v_prediction")), "predicts 'v_prediction'"),
     "old name of x0": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: v.update(
@@ -357,7 +357,7 @@ REFUSED = {
              "holds no plain tensors"),
     "not json": (lambda d: config_of(d).write_text("{"), "config.json is no JSON object"),
     "wrong type": (lambda d: edit(config_of(d), lambda v: v.update(block_out_channels=5) or v.pop(
-        "attention_head_dim")), "describes no network that can be built"),
+        "attention_head_dim")), "no network can be built"),
     "variance unknown": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: (
         v.update(variance_type="huge"))), "variance_type 'huge'"),
     "empty": (lambda d: shutil.rmtree(d / "unet"), "it holds no model: neither config.yaml"),

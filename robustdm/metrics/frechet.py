@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +79,20 @@ class FeatureStatistics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in ("mu", "sigma", "count") if key in file}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                if any(array.dtype.kind not in "fiu" for array in arrays.values()):
+                    raise ValueError("no numbers")
+                count = int(arrays.get("count", -1))
+        except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
             raise UsageError(f"{path}: cannot be read as .npz ({type(error).__name__})") from None
         mean, covariance = arrays.get("mu"), arrays.get("sigma")
-        if mean is None or covariance is None or covariance.shape != 2 * mean.shape:
+        if mean is None or covariance is None or mean.ndim != 1 or (
+            covariance.shape != 2 * mean.shape
+        ):
             raise UsageError(f"{path}: holds no Frechet statistics: expected mu (D,) and sigma "
                              "(D, D)")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise UsageError(f"{path}: the statistics hold NaN or infinity: compute them again")
         mean, covariance = (torch.from_numpy(v.astype(np.float64)) for v in (mean, covariance))
-        count = int(arrays.get("count", -1))
         if count < 2:
             return cls(None, mean, covariance)
         return cls(count, mean, covariance * (count - 1))

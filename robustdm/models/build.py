@@ -111,9 +111,30 @@ def _build(config: TrainConfig, shape: tuple[int, ...]) -> nn.Module:
                 f"attention_head_dim is {head}: it must divide every one of block_channels, "
                 f"{config.block_channels}"
             )
-        from diffusers import UNet2DModel
+        return make_unet(unet_config(config, shape[0]))
 
-        return UNet2DModel(**unet_config(config, shape[0]))
+
+# Layers in the blocks of a network: published ones have up to 30.
+_MAX_LAYERS = 1024
+
+
+def make_unet(arguments: dict) -> nn.Module:
+    """A diffusers ``UNet2DModel``.
+
+    Raises:
+        UsageError: if there is none with these arguments.
+    """
+    from diffusers import UNet2DModel
+
+    try:
+        layers = arguments["layers_per_block"] * len(arguments["down_block_types"])
+        if not layers <= _MAX_LAYERS:
+            raise ValueError(f"{layers} layers are too many")
+        return UNet2DModel(**arguments)
+    except Exception as error:  # whatever a wrong value meets first
+        text = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UsageError(f"no network can be built with its arguments ({type(error).__name__}: "
+                         f"{text})") from None
 
 
 def _counted(channels: int) -> str:
@@ -122,10 +143,8 @@ def _counted(channels: int) -> str:
 
 
 def _build_like(config: TrainConfig, channels: int) -> nn.Module:
-    from diffusers import UNet2DModel
-
-    unet = config.pretrained["unet"]
-    wanted = unet["in_channels"]
+    unet = config.pretrained["unet"] or {}
+    wanted = unet.get("in_channels")
     if wanted != channels:
         if config.data in ("digits", "subspace"):
             remedy = "name images of your own with --data images --data-dir"
@@ -138,8 +157,8 @@ def _build_like(config: TrainConfig, channels: int) -> nn.Module:
             f"{config.data_dir or config.data}, have {_counted(channels)}; {remedy}, or choose "
             "another model"
         )
-    model = UNet2DModel(**{**unet, "sample_size": config.resolution, "dropout": config.dropout})
-    if unet["time_embedding_type"] == "learned":
+    model = make_unet({**unet, "sample_size": config.resolution, "dropout": config.dropout})
+    if unet.get("time_embedding_type") == "learned":
         # A table of what improved-diffusion computes: no weight of that network.
         model.time_proj.requires_grad_(False)
     return model

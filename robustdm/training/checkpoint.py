@@ -328,8 +328,11 @@ def load_origin(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> d
     """
     path = checkpoint.path.parent / ORIGIN
     try:
-        group = safetensors.torch.load(_read_file(path, checkpoint.state["origin"]))
-    except (_Damaged, KeyError) as damage:
+        entry = checkpoint.state.get("origin")
+        if not _is_entry(entry):
+            raise _Damaged(f"{STATE} has no size and sha256 of {ORIGIN}")
+        group = safetensors.torch.load(_read_file(path, entry))
+    except (_Damaged, safetensors.SafetensorError, RuntimeError, *_WRONG) as damage:
         raise RunError(f"{path.parent}: {damage}; put back a copy of it: without the model that "
                        "its adapters belong to, the run cannot be used") from None
     return {key: tensor.to(device) for key, tensor in group.items()}
@@ -407,9 +410,15 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, dict]]:
         stem = name.removesuffix(".safetensors")
         if name != STATE and (stem == name or not _NAME.fullmatch(stem)):
             raise _Damaged(f"{MANIFEST}: {name!r} is no file of a checkpoint")
-        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        if not _is_entry(entry):
             raise _Damaged(f"{MANIFEST}: the entry of {name} is not a size and a sha256")
     return step, files
+
+
+def _is_entry(entry) -> bool:
+    """Whether it is what `_write_file` returns."""
+    return isinstance(entry, dict) and entry.keys() == {"size", "sha256"} and (
+        type(entry["size"]) is int and entry["size"] >= 0 and isinstance(entry["sha256"], str))
 
 
 def _check_size(path: Path, entry: dict) -> None:

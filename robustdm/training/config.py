@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -19,6 +21,14 @@ from robustdm.errors import UsageError
 
 LambdaMode = Literal["ray", "x", "std", "literal"]
 ObjectiveName = Literal["ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran"]
+
+_YAML_LIMIT = 1 << 18  # bytes; a configuration with a table of 4000 betas has 2^17
+# Fields of which infinity makes sense: "as much as there is".
+_MAY_BE_INFINITE = ("resident_gib", "checkpoint_minutes", "max_time", "lambda_max", "clip_norm",
+                    "rank_timeout")
+# Far above all that trains; more would only use up memory and time before anything is compared.
+_LARGEST = dict(timesteps=1 << 20, layers_per_block=64, mlp_depth=1024)
+_MOST_LEVELS = 16
 
 
 @dataclass(frozen=True)
@@ -256,6 +266,11 @@ class TrainConfig:
             if not ok:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: {remedy}")
 
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float):
+                    need(math.isfinite(number) or number > 0 and name in _MAY_BE_INFINITE, name,
+                         "it must be a finite number")
         for name in ("batch_size", "accumulate", "steps", "timesteps", "resolution", "num_points",
                      "layers_per_block", "norm_groups", "mlp_width", "mlp_depth", "log_every",
                      "keep_last", "num_samples", "preview_steps", "final_steps", "max_skipped",
@@ -300,8 +315,13 @@ class TrainConfig:
                 need(getattr(self, name) == getattr(type(self), name), name,
                      "it does nothing without --lora RANK")
         need(self.num_heads is None or self.num_heads >= 1, "num_heads", "at least 1")
-        need(len(self.block_channels) > 0 and all(c % self.norm_groups == 0
-                                                  for c in self.block_channels),
+        need(self.attention_head_dim is None or self.attention_head_dim >= 1,
+             "attention_head_dim", "at least 1")
+        for name, largest in _LARGEST.items():
+            need(getattr(self, name) <= largest, name, f"it must be at most {largest}")
+        need(0 < len(self.block_channels) <= _MOST_LEVELS, "block_channels",
+             f"give from 1 to {_MOST_LEVELS} of them")
+        need(all(c >= 1 and c % self.norm_groups == 0 for c in self.block_channels),
              "block_channels", f"each must be a multiple of norm_groups, {self.norm_groups}")
         need(self.resolution % 2 ** (len(self.block_channels) - 1) == 0 or self.network == "mlp",
              "resolution", f"it must be a multiple of {2 ** (len(self.block_channels) - 1)}, for "
@@ -309,6 +329,8 @@ class TrainConfig:
         need(self.stop_after is None or self.stop_after >= 1, "stop_after", "at least 1")
         need(self.rank_timeout > 0, "rank_timeout", "it must be positive")
         need(self.max_time is None or self.max_time > 0, "max_time", "it must be positive")
+        need(self.pretrained is None or _is_record(self.pretrained), "pretrained",
+             "no record of a model; it is not set by hand")
 
     def to_dict(self) -> dict:
         """Plain types only, as written to config.yaml: paths as strings, tuples as lists."""
@@ -386,6 +408,33 @@ def preset_values(name: str) -> dict:
     return {"preset": name, "out": Path("runs") / name, **PRESETS[name]}
 
 
+def load_yaml(path: Path) -> object:
+    """The plain value of a YAML file.
+
+    Aliases (``*name``) are refused: nested, a few lines of them stand for more than fits in memory.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not YAML, or too long; the message is one line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"it has an alias, *{self.peek_event().anchor}: write it out")
+            return super().compose_node(parent, index)
+
+    with open(path, "rb") as file:
+        text = file.read(_YAML_LIMIT + 1)
+    if len(text) > _YAML_LIMIT:
+        raise ValueError(f"it is longer than {_YAML_LIMIT} bytes")
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # besides YAMLError: of dates, recursion, bytes that are no text, ...
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+
+
 def check_fields(values: dict, source: str) -> dict:
     """Convert plain values (of a YAML file, say) to the types of the fields.
 
@@ -398,19 +447,28 @@ def check_fields(values: dict, source: str) -> dict:
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
-            raise UsageError(f"{source}: unknown field {key!r}; {hint}")
+            raise UsageError(f"{source}: unknown field {_short(key)}; {hint}")
         try:
             checked[key] = _convert(value, hints[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wanted = str(hints[key]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
-            raise UsageError(f"{source}: {key} is {value!r}, but must be {wanted}") from None
+            raise UsageError(f"{source}: {key} is {_short(value)}, but must be {wanted}") from None
     return checked
+
+
+def _short(value) -> str:
+    """A value for an error message; Python refuses to write out integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _convert(value, wanted):
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is Literal:
-        if value in args:
+        if any(value == one and type(value) is type(one) for one in args):
             return value
     elif origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, args[0])
@@ -421,8 +479,16 @@ def _convert(value, wanted):
         return float(value)  # YAML 1.1 reads 1e-4 as a string
     elif wanted is dict and isinstance(value, dict):
         return value
-    elif wanted is Path and isinstance(value, (str, Path)):
+    elif wanted is Path and isinstance(value, (str, Path)) and b"\0" not in os.fsencode(value):
         return Path(value)
-    elif type(value) is wanted:
+    elif type(value) is wanted and not (wanted is int and abs(value) >= 1 << 63):
         return value
     raise TypeError
+
+
+def _is_record(value: dict) -> bool:
+    """Whether it is of the form of `robustdm.pretrained.Source.record`."""
+    texts, mappings = ("source", "format", "sha256", "variance_type"), ("unet", "scheduler")
+    return value.keys() >= {*texts, *mappings} and all(
+        isinstance(value[name], str) for name in texts
+    ) and all(value[name] is None or isinstance(value[name], dict) for name in mappings)

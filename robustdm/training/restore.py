@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustdm.errors import UsageError
+from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
-from robustdm.training.checkpoint import Checkpoint, load_origin
+from robustdm.training.checkpoint import STATE, Checkpoint, load_origin
 from robustdm.training.config import TrainConfig
 
 
@@ -22,7 +22,28 @@ def averaged_weights(
     found = checkpoint.tensors[name]
     if not config.lora:
         return found
-    return lora.merged(load_origin(checkpoint, device), found, lora.scale(config))
+    try:
+        return lora.merged(load_origin(checkpoint, device), found, lora.scale(config))
+    except (KeyError, IndexError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"the adapters of {checkpoint.path} are not those of its model: use "
+                       "another checkpoint") from error
+
+
+def sample_kind(checkpoint: Checkpoint) -> tuple[tuple[int, ...], bool]:
+    """The shape of one sample, and whether it is an image, as a run's checkpoint has them.
+
+    Raises:
+        RunError: if it has something else in their place.
+    """
+    shape, is_image = checkpoint.state.get("shape"), checkpoint.state.get("is_image")
+    sizes = isinstance(shape, list) and 1 <= len(shape) <= 3 and all(
+        type(size) is int and 1 <= size < 1 << 32 for size in shape)
+    if not sizes or not isinstance(is_image, bool):
+        raise RunError(f"{checkpoint.path / STATE} does not tell the shape of the samples: it is "
+                       "of another program, use another checkpoint")
+    return tuple(shape), is_image
 
 
 def check_model_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
 from robustdm.training.checkpoint import load_checkpoint, load_newest
 from robustdm.training.config import TrainConfig
-from robustdm.training.restore import averaged_weights, check_model_shapes
+from robustdm.training.restore import averaged_weights, check_model_shapes, sample_kind
 from robustdm.training.rundir import read_config
 
 
@@ -106,12 +106,11 @@ def load_run(
         found = load_checkpoint(root / f"step-{checkpoint:08d}", names=[name], device=device)
     if found is None:
         raise RunError(f"{directory} has no checkpoint yet: train for at least one interval")
-    shape = tuple(found.state["shape"])
-    model = build_model(config, shape).to(device)
+    shape, is_image = sample_kind(found)
     weights = averaged_weights(found, name, config, device)
-    check_model_shapes(model, weights)
+    with torch.device("meta"):  # compared before it takes memory
+        check_model_shapes(build_model(config, shape), weights)
+    model = build_model(config, shape).to(device)
     model.load_state_dict(weights)
     model.eval().requires_grad_(False)
-    return LoadedRun(
-        config, model, schedule_of(config), shape, found.state["is_image"], found.step
-    )
+    return LoadedRun(config, model, schedule_of(config), shape, is_image, found.step)

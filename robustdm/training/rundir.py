@@ -28,12 +28,11 @@ import yaml
 
 import robustdm
 from robustdm.errors import RunError, UsageError
-from robustdm.training.config import TrainConfig
+from robustdm.training.config import TrainConfig, load_yaml
 
 CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
 
 _log = logging.getLogger("robustdm")
-_CONFIG_LIMIT = 1 << 20  # bytes
 
 # What a resumed run may change, and why it stays the same run. All other fields decide the
 # sequence of weights: changing one would make a run that no configuration describes.
@@ -194,16 +193,13 @@ def read_config(path: Path) -> dict:
     if not Path(path).is_dir():
         raise UsageError(f"{path} is not a run: there is no such directory")
     try:
-        with open(file, "rb") as handle:
-            text = handle.read(_CONFIG_LIMIT + 1)
+        values = load_yaml(file)
     except FileNotFoundError:
         raise UsageError(f"{path} is not a run: it has no {CONFIG}") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        values = yaml.safe_load(text) if len(text) <= _CONFIG_LIMIT else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{file} is not the configuration of a run: put back a copy of it")
     return values

@@ -385,8 +385,17 @@ class Trainer:
 
         Raises:
             UsageError: if it belongs to other data, another network or another random layout.
-            RunError: if it holds adapters, and their model's file is missing or damaged.
+            RunError: if it holds adapters, and their model's file is missing or damaged; if it is
+                no checkpoint of a run at all.
         """
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{checkpoint.path} is not a checkpoint of a run of this version "
+                           f"({type(error).__name__}: {error}): continue it with the version that "
+                           "wrote it") from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         if state["random_layout"] != random.LAYOUT_VERSION:
             raise UsageError(
@@ -405,7 +414,7 @@ class Trainer:
         for ema in self.emas:
             ema.model.load_state_dict(tensors[f"ema_{ema.rate}"])
         load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
-        self.step, self.elapsed = checkpoint.step, state["elapsed"]
+        self.step, self.elapsed = checkpoint.step, float(state["elapsed"])
         self.skipped.fill_(state["skipped"])
 
 

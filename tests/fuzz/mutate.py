@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from random import Random
 
 VALUES = (
@@ -69,30 +70,33 @@ def _change_bytes(body: bytes, draw: Random, others: Sequence[bytes]) -> bytes:
 
 
 def _change_json(body: bytes, draw: Random) -> bytes | None:
-    """None for what is not JSON."""
+    """None for what is not JSON, or nested too deep."""
     lines = body.splitlines() if body.count(b"}\n{") else [body]
     k = draw.randrange(len(lines))
     try:
         tree = [json.loads(lines[k])]
+        for _ in range(1 + draw.randrange(3)):
+            _change_tree(list(_places(tree)), draw)
+        lines[k] = json.dumps(tree[0]).encode()
     except (ValueError, RecursionError):
         return None
-    for _ in range(1 + draw.randrange(3)):
-        places = list(_places(tree))
-        where, key = draw.choice(places)
-        if isinstance(where, dict) and draw.random() < 0.2:
-            if draw.random() < 0.5:
-                del where[key]
-            else:
-                where[draw.choice((key + "x", "x", "", "../" + key))] = where.pop(key)
-        elif draw.random() < 0.2:
-            other, name = draw.choice(places)
-            where[key] = json.loads(json.dumps(other[name])) if name in _keys(other) else None
-        elif draw.random() < 0.1:
-            where[key] = [where[key]] * draw.choice((1, 2, 50))
-        else:
-            where[key] = draw.choice(VALUES)
-    lines[k] = json.dumps(tree[0]).encode()
     return b"\n".join(lines)
+
+
+def _change_tree(places: list[tuple[list | dict, str | int]], draw: Random) -> None:
+    where, key = draw.choice(places)
+    if isinstance(where, dict) and draw.random() < 0.2:
+        if draw.random() < 0.5:
+            del where[key]
+        else:
+            where[draw.choice((key + "x", "x", "", "../" + key))] = where.pop(key)
+    elif draw.random() < 0.2:
+        other, name = draw.choice(places)
+        where[key] = deepcopy(other[name])
+    elif draw.random() < 0.1:
+        where[key] = [where[key]] * draw.choice((1, 2, 50))
+    else:
+        where[key] = deepcopy(draw.choice(VALUES))
 
 
 def _keys(where: list | dict):
