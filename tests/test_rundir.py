@@ -205,7 +205,7 @@ def test_a_field_that_an_old_run_did_not_know_has_its_default(path):
     ("", "not the configuration of a run"),
     ("!!python/object/apply:os.system ['touch evil']", "is not YAML"),
     ("\x00", "is not YAML"),
-    ("#" * (2 << 20), "not the configuration of a run"),
+    ("#" * (2 << 20), "is not YAML: it is longer than"),
 ])
 def test_damaged_configurations_are_one_clear_line(path, text, problem, monkeypatch):
     start(path)

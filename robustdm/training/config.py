@@ -431,7 +431,7 @@ def load_yaml(path: Path) -> object:
         raise ValueError(f"it is longer than {_YAML_LIMIT} bytes")
     try:
         return yaml.load(text, Loader)
-    except Exception as error:  # besides YAMLError: of dates, recursion, bytes that are no text, ...
+    except Exception as error:  # besides YAMLError: of dates, recursion, bytes that are no text
         raise ValueError(" ".join(str(error).split())[:300]) from None
 
 

@@ -14,7 +14,7 @@ from robustdm.data import Data, load_data
 from robustdm.device import to_device, to_host
 from robustdm.distributed import ALONE, Ranks
 from robustdm.dropout import unfused_dropout
-from robustdm.errors import UsageError
+from robustdm.errors import RunError, UsageError
 from robustdm.inference import fast_network
 from robustdm.models import build_model, lora
 from robustdm.models.build import set_attention
