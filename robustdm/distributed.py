@@ -53,12 +53,15 @@ class Ranks:
         """
         if self.size == 1:
             return list(tensors)
-        flat = torch.cat([t.permute(_order(t)).reshape(-1) for t in tensors])
+        flat = tensors[0].new_empty(sum(t.numel() for t in tensors))
+        # In the layout that each has, less what gaps there may be: empty_like knows it.
+        pieces = flat.split([t.numel() for t in tensors])
+        views = [piece.as_strided(t.shape, torch.empty_like(t, device="meta").stride())
+                 for piece, t in zip(pieces, tensors, strict=True)]
+        torch._foreach_copy_(views, list(tensors))
         with self._lost():
             dist.all_reduce(flat)
-        pieces = flat.split([t.numel() for t in tensors])
-        return [piece.as_strided(t.shape, _dense(t)) for piece, t in
-                zip(pieces, tensors, strict=True)]
+        return views
 
     def exchange(self, value) -> list:
         """Every rank's value, a picklable one, in the order of the ranks.
@@ -160,23 +163,15 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _order(t: Tensor) -> list[int]:
-    """Dimensions from the slowest in memory to the fastest."""
-    return sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
-
-
-def _dense(t: Tensor) -> list[int]:
-    """Strides of a tensor without gaps whose memory goes in the order of t's."""
-    strides, step = [0] * t.dim(), 1
-    for d in reversed(_order(t)):
-        strides[d] = step
-        step *= t.shape[d]
-    return strides
-
-
 def restarts() -> int:
     """How many times the launcher has started this job anew (torchrun --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def job() -> str | None:
+    """What tells torchrun's job from others: its name, or the process that it is; None without."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"launcher {os.getppid()}" if name == "none" else name
 
 
 @contextlib.contextmanager

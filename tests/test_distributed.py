@@ -1,5 +1,6 @@
 """Several ranks train what one rank trains, agree on everything, and end together."""
 
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,9 @@ import torch.distributed as dist
 
 from robustdm.data import batches
 from robustdm.data.base import TensorData
+from robustdm.data.streamed import StreamedImages
 from robustdm.distributed import ALONE, Ranks, join
-from robustdm.errors import UsageError
+from robustdm.errors import RunError, UsageError
 from robustdm.training.checkpoint import list_checkpoints, load_newest
 from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.loop import train
@@ -144,6 +146,33 @@ def test_parts_are_all_of_a_batch(flip, resident):
     parts = [read(Ranks(r, 3)) for r in range(3)]
     for k in range(2):
         assert torch.equal(torch.cat([part[k] for part in parts]), whole[k])
+
+
+def test_a_rank_may_skip_whole_blocks_of_a_stream():
+    """Blocks are shuffled each; where a batch is longer than one, no part has samples of all."""
+    class Rows:
+        error = None
+
+        def __init__(self, first):
+            self.rows = itertools.count(first)
+
+        def take(self, count):
+            return [(next(self.rows), b"") for _ in range(count)]
+
+    data = StreamedImages.__new__(StreamedImages)
+    data.buffer, data.seed = 4, 3
+
+    def read(rank, size, step):
+        part = Ranks(rank, size).share(24)
+        first = step * 24 + part.start
+        order = iter([torch.arange(k * 24, k * 24 + 24)[part.start : part.stop]
+                      for k in range(step, step + 2)])
+        return list(data._batches(Rows(first // 4 * 4), order))
+
+    for step in (0, 2):
+        whole, parts = read(0, 1, step), [read(rank, 2, step) for rank in range(2)]
+        assert [a + b for a, b in zip(*parts, strict=True)] == whole
+        assert sorted(item for item, _ in whole[0]) == list(range(step * 24, step * 24 + 24))
 
 
 # The step.
@@ -288,6 +317,7 @@ def only_rank_0_writes(rank, config):
         import robustdm.training.loop as loop
 
         loop.save_checkpoint = loop.write_json = loop.save_pipeline = loop.write_report = refuse
+        loop.write_bytes = refuse
         loop.images.save_grid = loop.np.savez_compressed = loop.make_loggers = refuse
     return go(rank, config)
 
@@ -339,6 +369,39 @@ def test_where_one_rank_fails_all_do(tmp_path, function, changes, expected):
     assert ": ".join(first).startswith(expected)
     assert second[0] == ("RunError" if "differs" in expected else "PeerError")
     assert time.monotonic() - begin < 20
+
+
+def stopped(rank, config):
+    with join("cpu", 0.05) as found:
+        process = found.exchange(os.getpid())[1]
+        if rank == 1:
+            os.kill(process, signal.SIGSTOP)
+        begin = time.monotonic()
+        try:
+            found.all_sum([torch.ones(2)])
+        except RunError as error:
+            return str(error), time.monotonic() - begin
+        finally:
+            os.kill(process, signal.SIGKILL)
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    (said, seconds), gone = ranks.run(2, stopped, None)
+    assert said.startswith("rank 1 is lost (") and gone is None
+    assert 2.5 < seconds < 30, "three seconds of patience, three of roll call"
+
+
+def test_only_the_job_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    go(0, replace(config, stop_after=3))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for other in ("other", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        with pytest.raises(UsageError, match="it holds a run; add --resume"):
+            go(0, config)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert go(0, config)[0] == 6
 
 
 # The launcher.

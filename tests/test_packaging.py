@@ -169,3 +169,14 @@ def test_documents_name_only_what_exists(name):
         assert preset in PRESETS or "|" in preset, preset
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_no_file_holds_two_versions_of_a_merge():
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("no git here")
+    for name in filter(None, names.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".json", ".h", ".cpp", ".cu") and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert not [n for n in lines if n.startswith(("<" * 7 + " ", ">" * 7 + " "))], name

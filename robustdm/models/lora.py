@@ -1,13 +1,8 @@
 """LoRA: low-rank adapters beside the layers of a network, trained in place of its own weights.
 
 peft puts the adapters in. Everything else, merging them into the weights above all, needs tensors
-<<<<<<< HEAD
-alone, so that a run can be used where peft is not installed. Adapters are named as peft's files
-name them: ``mid_block.attentions.0.to_q.lora_A.weight``.
-=======
 alone, so that a run can be used where peft is not installed. Adapters are named as in peft's files:
 ``mid_block.attentions.0.to_q.lora_A.weight``.
->>>>>>> lora-new
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 """

@@ -6,13 +6,8 @@ A checkpoint is a directory ``checkpoints/step-00001234``::
     state.json                                                            everything else
     MANIFEST.json           size and sha256 of each file and of itself; written last
 
-<<<<<<< HEAD
-Beside them lies ``origin.safetensors`` if the weights are those of a model plus adapters: the
-model, which never changes, is written once. ``state.json`` has its size and sha256.
-=======
 Where they hold adapters alone, the model that these belong to lies beside them, written once:
 ``origin.safetensors``, whose size and sha256 are in every ``state.json``.
->>>>>>> lora-new
 
 It is written to ``.tmp-<uuid>`` beside its place, flushed to the disk file by file, and moved into
 place by a single rename: a crash, a full disk or a kill at any moment leaves the earlier ones as

@@ -21,7 +21,7 @@ from torch import Tensor
 from robustdm import images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
-from robustdm.distributed import Ranks, join, restarts
+from robustdm.distributed import Ranks, job, join, restarts
 from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
 from robustdm.pipeline import save_pipeline
@@ -118,8 +118,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
-    if restarts():  # the launcher started a job that had failed again: it goes on
-        config = replace(config, resume=(config.out / "config.yaml").exists())
+    if restarts() and _read_json(config.out / "run.json").get("job") == job():
+        config = replace(config, resume=True)  # this job had begun the run: it goes on
     with ranks.together():
         config = settle(config)
         check_parts(config, ranks.size)
@@ -170,6 +170,7 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
                 trained=trainer.trained,
                 memory_estimate=estimate,
                 ranks=ranks.size,
+                job=job(),
             )
         progress = open_things.enter_context(
             Progress(config.steps, trainer.step, config.batch_size, mode=progress_mode)
@@ -197,10 +198,15 @@ def check_parts(config: TrainConfig, ranks: int) -> None:
 
 def _finished_step(path: Path) -> int | None:
     """The step that summary.json was written at; None if the run never got that far."""
+    return _read_json(path / "summary.json").get("step")
+
+
+def _read_json(path: Path) -> dict:
     try:
-        return json.loads((path / "summary.json").read_text(encoding="utf-8")).get("step")
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Interrupted(Exception):

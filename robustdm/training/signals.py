@@ -57,11 +57,6 @@ class StopSignals:
         finally:
             self._raise = False
 
-    @property
-    def exit_code(self) -> int:
-        """What the process should end with; see `exit_code`."""
-        return exit_code(self.received)
-
     def _handle(self, number: int, _frame) -> None:
         first = self.received is None
         if first:
