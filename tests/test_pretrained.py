@@ -267,6 +267,19 @@ def make_pickle(folder):
     return file.with_suffix(".bin")
 
 
+@pytest.mark.parametrize("weights, match", [
+    (lambda w: {k: torch.zeros(1).expand(1 << 34) for k in w}, "its tensors are larger than"),
+    (lambda w: w | {next(iter(w)): torch.zeros(3, 3).to_sparse()}, "else than finite numbers"),
+    (lambda w: w | {next(iter(w)): torch.full((2,), float("nan"))}, "else than finite numbers"),
+])
+def test_pickles_that_take_memory_or_hold_no_numbers(tmp_path, weights, match):
+    folder, unet = save(tmp_path / "pipe")
+    make_pickle(folder)
+    torch.save(weights(unet.state_dict()), next((folder / "unet").glob("*.bin")))
+    with pytest.raises(UsageError, match=match):
+        open_source(str(folder), allow_pickle=True)
+
+
 def test_a_pickle_is_read_only_when_allowed(tmp_path):
     folder, unet = save(tmp_path / "pipe")
     make_pickle(folder)

@@ -609,3 +609,45 @@ def test_clean_images_are_warned_of(tmp_path):
     assert any("look clean" in warning for warning in quiet(config).summary["warnings"])
     noisy = replace(config, corrupt_fraction=0.9, out=tmp_path / "noisy")
     assert not any("look clean" in warning for warning in quiet(noisy).summary["warnings"])
+
+
+# What is not the training itself may fail.
+
+
+def test_a_full_disk_costs_previews_and_the_report_not_the_run(tmp_path, monkeypatch):
+    config = points(tmp_path, steps=6, sample_every=2)
+    written = loop.write_bytes
+
+    def full(path, content):
+        if path.suffix == ".npz":
+            raise RunError(f"{path} was not written: No space left on device")
+        written(path, content)
+
+    monkeypatch.setattr(loop, "write_bytes", full)
+    with pytest.raises(RunError, match="step 6 is saved, but final.npz could not be written"):
+        quiet(config)
+    assert load_newest(config.out / "checkpoints").step == 6
+    monkeypatch.undo()
+    assert quiet(replace(config, resume=True)).summary["step"] == 6
+    assert (config.out / "samples" / "final.npz").is_file()
+
+
+def test_a_signal_ends_a_compilation(tmp_path, monkeypatch):
+    def compile_step(step, probe):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    result = quiet(points(tmp_path, steps=3, compile=True))
+    assert (result.step, result.stopped, result.exit_code) == (0, "SIGUSR1", 138)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("lr", float("nan")), ("lam", float("inf")), ("batch_size", 1 << 70), ("batch_size", True),
+    ("channels", True), ("data_dir", "a\0b"), ("mlp_depth", 10**6), ("timesteps", 1 << 30),
+    ("block_channels", [8] * 40), ("attention_head_dim", 0), ("pretrained", {"unet": {}}),
+])
+def test_values_that_only_a_fuzzer_gives(name, value):
+    """Each led to another error, or took memory without end."""
+    with pytest.raises(UsageError, match=f"{name} is "):
+        TrainConfig.from_dict({name: value})
