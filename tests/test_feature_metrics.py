@@ -52,7 +52,8 @@ def test_statistics_travel_as_an_npz(tmp_path):
     np.savez(tmp_path / "text.npz", mu=np.array(["a"]), sigma=np.array([["a"]]))
     np.savez(tmp_path / "flat.npz", mu=np.zeros(()), sigma=np.zeros(()))
     (tmp_path / "broken.npz").write_bytes(b"PK nothing")
-    for name, words in (("text", "cannot be read"), ("flat", "no Frechet"), ("other", "no Frechet"), ("nan", "NaN"), ("broken", "cannot be read"),
+    for name, words in (("text", "cannot be read"), ("flat", "no Frechet"),
+                        ("other", "no Frechet"), ("nan", "NaN"), ("broken", "cannot be read"),
                         ("missing", "cannot be read")):
         with pytest.raises(UsageError, match=words):
             FeatureStatistics.load(tmp_path / f"{name}.npz")
