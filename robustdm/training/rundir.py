@@ -121,13 +121,13 @@ class RunDir:
                 sessions = list(json.loads(run_json.read_bytes())["sessions"])
         sessions.append(provenance())
         resolved = {**config.to_dict(), **_SWITCHES_OFF}
+        write_text(self.path / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
+        write_json(run_json, {**facts, "sessions": sessions})
         try:
             self.samples.mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(f"{self.samples} was not made: {error.strerror}; make room or choose "
                            "another --out") from error
-        write_text(self.path / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
-        write_json(run_json, {**facts, "sessions": sessions})
 
     def append_metrics(self, line: dict) -> None:
         """Append one line to metrics.jsonl. A full disk costs the line and a warning, not the run.

@@ -110,19 +110,24 @@ class Child:
     """A forked process that calls a function as an entry point would be called."""
 
     def __init__(self, function: Callable[[], int | None]):
-        self.file = tempfile.TemporaryFile()
+        # A pipe: a limit on files, or a full disk, is to meet the run and not its output.
+        self.pipe, writing = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self.output = b""
         self.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.process = os.fork()
         if self.process == 0:
-            self._be(function)
+            self._be(function, writing)
+        os.close(writing)
 
-    def _be(self, function: Callable[[], int | None]) -> None:
+    def _be(self, function: Callable[[], int | None], writing: int) -> None:
         code = 70
         try:
-            os.dup2(self.file.fileno(), 1)
-            os.dup2(self.file.fileno(), 2)
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.close(writing)
             sys.stdout.reconfigure(line_buffering=True)
             guard(function)
         except SystemExit as end:
@@ -143,15 +148,17 @@ class Child:
         end = time.monotonic() + limit
         while True:
             found, status, usage = os.wait4(self.process, os.WNOHANG)
+            with contextlib.suppress(BlockingIOError):
+                while content := os.read(self.pipe, 1 << 16):
+                    self.output += content
             if found:
                 break
             if time.monotonic() > end:
                 self.kill()
                 end += limit
             time.sleep(0.002)
-        self.file.seek(0)
-        output = self.file.read().decode("utf-8", "replace")
-        self.file.close()
+        os.close(self.pipe)
+        output = self.output.decode("utf-8", "replace")
         return Done(os.waitstatus_to_exitcode(status), output, time.monotonic() - self.started,
                     usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
