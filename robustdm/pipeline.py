@@ -1,8 +1,10 @@
 """Export to diffusers: a directory that ``DDPMPipeline.from_pretrained`` loads."""
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,6 +67,26 @@ def schedule_from(config: dict) -> NoiseSchedule:
     return NoiseSchedule(scheduler.betas, name)
 
 
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which then takes the place of another: complete, and readable for all.
+
+    If filling it fails, or is interrupted, the old one is as it was.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield staging
+        # safetensors and mkdtemp create for the owner alone; a published model is for all.
+        for path in [staging, *staging.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def save_pipeline(
     unet,
     schedule: NoiseSchedule,
@@ -112,15 +134,5 @@ def save_pipeline(
         timestep_spacing=timestep_spacing,
         prediction_type="epsilon",
     )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with replacing(directory) as staging:
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(staging)
-        # safetensors and mkdtemp create for the owner alone; a published model is for all.
-        for path in [staging, *staging.rglob("*")]:
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustdm.errors import UsageError
+from robustdm.pipeline import replacing
 from robustdm.training.config import TrainConfig
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -150,10 +151,8 @@ def without(network: nn.Module, scale: float) -> nn.Module:
 
 def export(network: nn.Module, folder: Path) -> None:
     """Write the adapters of a network as ``peft.PeftModel.from_pretrained`` reads them."""
-    folder.mkdir(exist_ok=True)
-    network.peft_config["default"].save_pretrained(folder)
     tensors = {f"base_model.model.{name}": value.contiguous()
                for name, value in split(network)[1].items()}
-    file = folder / "adapter_model.safetensors"
-    save_file(tensors, file)
-    file.chmod(0o644)  # safetensors creates for the owner alone
+    with replacing(folder) as staging:
+        network.peft_config["default"].save_pretrained(staging)
+        save_file(tensors, staging / "adapter_model.safetensors")
