@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """``-n auto``: all tests share one GPU, and what they measure of it."""
+    return 0 if HAS_GPU else None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_apart():
     """The compiler gives up on code that it has compiled too often: each file starts anew."""

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine does not have, and print what it takes.
 
-    python tests/cubins.py [--slow] [--only WORD] [--json FILE] [--keep FOLDER]
+    python tests/cubins.py [--slow] [--only WORD ...] [--json FILE] [--keep FOLDER]
 
 The launch functions run on tensors of the "meta" device with each kernel replaced by a recorder;
 what they would have launched is compiled as Triton's own launcher would have it: types of pointers,
@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="cubins-"))
+if "TRITON_CACHE_DIR" not in os.environ:
+    cache = tempfile.TemporaryDirectory(prefix="cubins-")  # goes when the program ends
+    os.environ["TRITON_CACHE_DIR"] = cache.name
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached kernel has no log
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -265,7 +267,8 @@ def measure(source, architecture: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--slow", action="store_true", help="all cases, not the chosen ones")
-    parser.add_argument("--only", default="", help="cases whose module/case name contains this")
+    parser.add_argument("--only", nargs="*", default=[""],
+                        help="cases whose module/case name contains one of these")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--json", type=Path, help="write the table there as well")
@@ -284,7 +287,8 @@ def main() -> None:
         for kind in options.dtype:
             for case, default, call in cases(module, DTYPES[kind]):
                 title = f"{name}/{case}/{kind}"
-                if options.only not in title or not (default or options.slow):
+                chosen = any(word in title for word in options.only)
+                if not chosen or not (default or options.slow):
                     continue
                 # A batch in chunks launches the same kernel over and over.
                 sources = {str(s): s for s in map(source_of, record(module, call))}

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustdm.errors import UsageError
-from robustdm.pipeline import replacing
 from robustdm.training.config import TrainConfig
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -150,9 +149,13 @@ def without(network: nn.Module, scale: float) -> nn.Module:
 
 
 def export(network: nn.Module, folder: Path) -> None:
-    """Write the adapters of a network as ``peft.PeftModel.from_pretrained`` reads them."""
+    """Write the adapters of a network as ``peft.PeftModel.from_pretrained`` reads them.
+
+    Args:
+        network: with adapters.
+        folder: existing.
+    """
+    network.peft_config["default"].save_pretrained(folder)
     tensors = {f"base_model.model.{name}": value.contiguous()
                for name, value in split(network)[1].items()}
-    with replacing(folder) as staging:
-        network.peft_config["default"].save_pretrained(staging)
-        save_file(tensors, staging / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors")

@@ -24,7 +24,7 @@ from robustdm.device import keep_freed_memory
 from robustdm.distributed import Ranks, job, join, restarts
 from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
-from robustdm.pipeline import save_pipeline
+from robustdm.pipeline import replacing, save_pipeline
 from robustdm.pretrained import settle
 from robustdm.random import shuffled
 from robustdm.report import REDUCED_CONTRAST, write_report
@@ -551,7 +551,8 @@ class _Session:
                     variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
                 )
                 if config.lora:
-                    lora.export(trainer.emas[0].model, out / "adapter")
+                    with replacing(out / "adapter") as folder:
+                        lora.export(trainer.emas[0].model, folder)
             except (OSError, SafetensorError) as error:
                 self.lost.append("pipeline")
                 self.warn(f"{out / 'pipeline'} was not written: {error}")
