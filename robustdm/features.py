@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustdm.errors import RunError, UsageError
+from robustdm.untrusted import load_pickle
 
 ExtractorName = Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception", "dinov2"]
 _DIGITS_EPOCHS = 15
@@ -257,23 +258,38 @@ def _load_resnet(network: nn.Module, name: str, weights: Path | None) -> None:
     if weights is None:
         raise UsageError(f"weights is not given: {name} needs its file, from "
                          "github.com/akamaster/pytorch_resnet_cifar10")
+    state = _tensors(weights, name)
     try:
-        loaded = torch.load(weights, map_location="cpu", weights_only=True)
-        state = loaded.get("state_dict", loaded)
         network.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except Exception as error:  # pickle, zip and shape errors alike
-        text = " ".join(str(error).split())[:160]
-        raise UsageError(f"weights is {str(weights)!r}: no weights of {name} ({text})") from None
+    except RuntimeError as error:
+        raise _no_weights(weights, name, error) from None
+
+
+def _tensors(weights: Path, name: str) -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save`."""
+    try:
+        loaded = load_pickle(Path(weights).read_bytes())
+        state = loaded.get("state_dict", loaded)
+        if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+            raise ValueError("it holds something else than tensors")
+    except Exception as error:  # pickle and zip errors alike
+        raise _no_weights(weights, name, error) from None
+    return state
+
+
+def _no_weights(weights: Path, name: str, error: Exception) -> UsageError:
+    text = " ".join(str(error).split())[:160]
+    return UsageError(f"weights is {str(weights)!r}: no weights of {name} ({text})")
 
 
 class _Inception(nn.Module):
-    def __init__(self, weights: Path | None):
+    def __init__(self, weights: str | None):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=None if weights is None else str(weights))
+            feature_extractor_weights_path=weights)
 
     def forward(self, x: Tensor) -> Features:
         features, logits = self.network(
@@ -283,7 +299,15 @@ class _Inception(nn.Module):
 
 def _inception(weights: Path | None) -> nn.Module:
     try:
-        return _Inception(weights)
+        if weights is None:
+            return _Inception(None)
+        with tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity would run code of the file: it gets a copy that holds tensors alone.
+            copied = os.path.join(folder, "weights.pth")
+            torch.save(_tensors(weights, "inception"), copied)
+            return _Inception(copied)
+    except UsageError:
+        raise
     except ImportError as error:
         raise RunError("features inception needs torch-fidelity, which is not installed "
                        f"({error}): pip install -e \".[eval]\"") from None
@@ -300,7 +324,8 @@ class _Dinov2(nn.Module):
         from transformers import AutoModel
 
         self.network = AutoModel.from_pretrained(
-            "facebook/dinov2-base" if weights is None else str(Path(weights).parent))
+            "facebook/dinov2-base" if weights is None else str(Path(weights).parent),
+            use_safetensors=True, trust_remote_code=False)
         for name, values in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 

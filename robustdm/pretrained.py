@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import logging
 import re
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +29,7 @@ from robustdm.training.checkpoint import load_newest
 from robustdm.training.config import TrainConfig
 from robustdm.training.restore import averaged_weights, sample_kind, shape_problems, some_of
 from robustdm.training.rundir import read_config
+from robustdm.untrusted import load_pickle, load_safetensors
 
 NETWORK_FIELDS = (
     "network", "block_channels", "layers_per_block", "attention_resolutions",
@@ -552,9 +551,9 @@ def _read_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], st
     try:
         data = path.read_bytes()
         if pickle:
-            weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            weights = load_pickle(data)
         else:
-            weights = safetensors.torch.load(data)
+            weights = load_safetensors(data)
     except OSError as error:
         raise UsageError(f"{path.name} cannot be read: {error.strerror}") from None
     except Exception as error:  # each parser raises a dozen kinds for a damaged or hostile file

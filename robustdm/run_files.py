@@ -17,6 +17,7 @@ import numpy as np
 from robustdm.errors import UsageError
 from robustdm.training import rundir
 from robustdm.training.config import TrainConfig
+from robustdm.untrusted import open_npz
 
 
 @dataclass
@@ -134,7 +135,7 @@ def _read_npz(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         notes.append(f"samples/{path.name} cannot be read ({type(error).__name__}).")

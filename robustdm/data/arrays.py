@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustdm.data.decode import convert, fit
 from robustdm.errors import UsageError
+from robustdm.untrusted import open_npz
 
 _CHANNELS = (1, 3, 4)
 _KEYS = ("images", "samples", "x_train", "x", "data", "arr_0")
@@ -47,14 +48,13 @@ def _line(error: Exception) -> str:
 
 def _read(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
-        # numpy would take anything else for a pickle.
-        if not file.read(6).startswith((b"\x93NUMPY", b"PK")):
-            raise ValueError("it is neither an .npy nor an .npz")
-    # An .npy is mapped, so a header that promises too much fails at once.
-    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded as archive:
+        magic = file.read(6)
+    if magic == b"\x93NUMPY":
+        # Mapped, so that a header that promises too much fails at once.
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    if not magic.startswith(b"PK"):  # numpy would take it for a pickle
+        raise ValueError("it is neither an .npy nor an .npz")
+    with open_npz(path) as archive:
         keys = [key for key in _KEYS if key in archive] or archive.files
         if len(keys) > 1 and keys == archive.files:
             raise UsageError(

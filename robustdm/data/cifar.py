@@ -6,8 +6,10 @@ containers and byte arrays, so a hostile file can run no code; archives are neve
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
+import pickletools
 import re
 import tarfile
 import zlib
@@ -22,6 +24,11 @@ from robustdm.data.decode import BadImage, decode_pixels
 from robustdm.errors import UsageError
 
 _SIDE = 32
+# More than the official archives and batches have: 187 MB, 15 members, 400,000 opcodes.
+_MOST_BYTES = 256 * 2**20
+_MOST_MEMBERS = 1000
+_MOST_DESCRIPTION = 1 << 16
+_MOST_OPCODES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,11 @@ def _from_tar(path: Path) -> tuple[Edition, Tensor]:
     found: dict[str, dict[str, bytes]] = {name: {} for name in EDITIONS}
     guess = EDITIONS["cifar100" if "100" in path.name else "cifar10"]
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
+        with tarfile.open(mode="r:", fileobj=io.BytesIO(_unpacked(path)),
+                          tarinfo=_Member) as archive:
+            for number, member in enumerate(archive):
+                if number == _MOST_MEMBERS:
+                    raise tarfile.ReadError(f"more than {_MOST_MEMBERS} members")
                 file = member.name.rsplit("/", 1)[-1]
                 for name, edition in EDITIONS.items():
                     wanted = file.removesuffix(".bin") in edition.batches
@@ -140,6 +150,27 @@ def _from_tar(path: Path) -> tuple[Edition, Tensor]:
     name = next((name for name, batches in found.items() if batches), None)
     edition = EDITIONS[name] if name else guess
     return edition, _join(path, edition, found[name] if name else {})
+
+
+def _unpacked(path: Path) -> bytes:
+    """A tar, without its compression; bounded, for zeros take a thousandth of their size."""
+    with open(path, "rb") as packed:
+        file = gzip.GzipFile(fileobj=packed) if packed.peek(2)[:2] == b"\x1f\x8b" else packed
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise tarfile.ReadError(f"more than {_MOST_BYTES} bytes")
+    return content
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose description is short: long ones are parsed at once, for minutes."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        made = super().frombuf(buf, encoding, errors)
+        if made.size > _MOST_DESCRIPTION and not made.isreg():
+            raise tarfile.ReadError(f"a description of {made.size} bytes")
+        return made
 
 
 def _join(path: Path, edition: Edition, batches: dict[str, bytes]) -> Tensor:
@@ -185,13 +216,6 @@ class _Array:
         self.array = array.reshape(shape, order="F" if fortran else "C")
 
 
-def _latin1(text, encoding):
-    """Stands for codecs.encode, by which Python 3 writes bytes into old pickles."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 class _Unpickler(pickle.Unpickler):
     """Knows a few names, and answers each with a stand-in of this module."""
 
@@ -200,18 +224,36 @@ class _Unpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _latin1,
     }
 
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._left = len(content)
+
     def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return self._latin1
         if (module, name) not in self._NAMES:
             raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which is refused")
         return self._NAMES[module, name]
 
+    def _latin1(self, text, encoding):
+        """Stands for codecs.encode, by which Python 3 writes bytes into old pickles."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise pickle.UnpicklingError(f"encoding {encoding!r}")
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it stands for more bytes than it has")
+        return text.encode("latin1")
+
 
 def _python_batch(content: bytes, path: Path, name: str, edition: Edition) -> np.ndarray:
     try:
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        # Each takes far more memory than its byte, and a number in the memo makes room up to it.
+        for count, (opcode, value, _) in enumerate(pickletools.genops(content)):
+            if max(count, value if opcode.name.endswith("PUT") else 0) > _MOST_OPCODES:
+                raise pickle.UnpicklingError("it would take up the memory")
+        batch = _Unpickler(content).load()
         array = (batch[b"data"] if b"data" in batch else batch["data"]).array
         if array.ndim != 2 or array.shape[1] != 3 * _SIDE * _SIDE:
             raise ValueError(f"its array has shape {array.shape}")

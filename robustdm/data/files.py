@@ -251,10 +251,10 @@ def scan(
             else:
                 names.append(name)
                 headers.append(header)
-    check_quarantine(quarantine, len(source.names), max_bad)
     if not names:
         raise UsageError(f"data_dir is {str(source.path)!r}: none of its images can be read"
                          f" ({quarantine[0][0]}: {quarantine[0][1]})")
+    check_quarantine(quarantine, len(source.names), max_bad)
     alpha = sum(header.alpha for header in headers)
     grey = sum(header.grey for header in headers)
     colour = len(headers) - grey

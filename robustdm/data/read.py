@@ -15,6 +15,7 @@ from robustdm.data.cifar import load_cifar
 from robustdm.data.databases import is_hub
 from robustdm.data.files import decode_all, open_pictures, scan
 from robustdm.errors import RunError, UsageError
+from robustdm.untrusted import open_npz
 
 
 def read_images(path: Path, name: str) -> Tensor:
@@ -70,7 +71,7 @@ def read_images(path: Path, name: str) -> Tensor:
 def _unclipped(path: Path) -> Tensor | None:
     """Samples as ``python -m robustdm.sample`` writes them, None if the file is another."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_npz(path) as file:
             if file.files != ["samples"]:
                 return None
             array = file["samples"]

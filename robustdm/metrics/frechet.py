@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustdm.errors import UsageError
+from robustdm.untrusted import open_npz
 
 
 class FeatureStatistics:
@@ -77,7 +78,7 @@ class FeatureStatistics:
             UsageError: if the file cannot be read, or does not hold such statistics.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 arrays = {key: file[key] for key in ("mu", "sigma", "count") if key in file}
                 if any(array.dtype.kind not in "fiu" for array in arrays.values()):
                     raise ValueError("no numbers")

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from robustdm.errors import RunError, UsageError
 from robustdm.training import faults
+from robustdm.untrusted import load_safetensors
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -326,7 +326,7 @@ def load_origin(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> d
         entry = checkpoint.state.get("origin")
         if not _is_entry(entry):
             raise _Damaged(f"{STATE} has no size and sha256 of {ORIGIN}")
-        group = safetensors.torch.load(_read_file(path, entry))
+        group = load_safetensors(_read_file(path, entry))
     except (_Damaged, safetensors.SafetensorError, RuntimeError, *_WRONG) as damage:
         raise RunError(f"{path.parent}: {damage}; put back a copy of it: without the model that "
                        "its adapters belong to, the run cannot be used") from None
@@ -367,7 +367,7 @@ def _load(path: Path, names: list[str] | None, device: str | torch.device) -> Ch
         file = f"{name}.safetensors"
         try:
             # The very bytes that were compared are parsed: the file is not opened again.
-            group = safetensors.torch.load(_read_file(path / file, files[file]))
+            group = load_safetensors(_read_file(path / file, files[file]))
         except (safetensors.SafetensorError, RuntimeError, *_WRONG) as error:
             raise _Damaged(f"{file}: {error}") from None
         tensors[name] = {key: tensor.to(device) for key, tensor in group.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, interruptions
+from . import damage, determinism, disks, hostile, interruptions
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
@@ -13,6 +13,7 @@ GROUPS = {group.name: group for group in (
     Group("F3", "full disks", 30, disks.fill),
     Group("F4", "truncated files", 200, damage.truncate),
     Group("F5", "flipped bits", 200, damage.flip),
+    Group("F6", "hostile files", 24, hostile.attack),
     Group("F13", "determinism", 50, determinism.repeat),
 )}
 
@@ -23,6 +24,7 @@ def warm_up() -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
 
     import robustdm.data.images  # noqa: F401
+    import robustdm.evaluation  # noqa: F401
     import robustdm.models.fuse  # noqa: F401
     from robustdm.data.digits import load_digits
 
