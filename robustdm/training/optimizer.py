@@ -43,19 +43,9 @@ class EMA:
         return dict(zip(self._source, self._average, strict=True))
 
     @torch.no_grad()
-    def update(self, step: int, skipped: Tensor | None = None) -> None:
-        """Move the average towards the weights after optimizer step ``step`` (from 0).
-
-        Args:
-            skipped: scalar on the device, above 0 where the step was skipped: then the average
-                stays as it is, whatever the weights hold.
-        """
-        source = self._source
-        if skipped is not None:
-            stay = skipped > 0
-            source = [torch.where(stay, average, weight)
-                      for average, weight in zip(self._average, source, strict=True)]
-        torch._foreach_lerp_(self._average, source, 1 - self.decay(step))
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after optimizer step ``step`` (from 0)."""
+        torch._foreach_lerp_(self._average, self._source, 1 - self.decay(step))
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -132,7 +122,7 @@ class SkippingAdamW(torch.optim.AdamW):
             self.found_inf, self.grad_scale = skipped, None
             self.step()
             if self.ema is not None:
-                self.ema.update(self._step, skipped)
+                self.ema.update(self._step)
             self.write_copies()
         self.zero_grad(set_to_none=True)
         return norm, skipped

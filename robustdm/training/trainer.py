@@ -228,7 +228,7 @@ class Trainer:
         run = self._update if self._graph is None else self._graph
         run(self._laid_out(x0), self._key(self.step), self.objective.regularises(self.step))
         for ema in self.emas[1:]:  # the optimizer updates the first
-            ema.update(self.step, self.skipped_in_a_row)
+            ema.update(self.step)
         self.step += 1
 
     def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
