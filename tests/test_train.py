@@ -273,7 +273,7 @@ def test_a_skipped_step_touches_nothing(tmp_path):
 def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch):
     poison(monkeypatch, set(range(3, 100)))
     config = points(tmp_path, steps=50, max_skipped=4)
-    with pytest.raises(RunError, match=r"4 steps in a row .* items \[\d+, "):
+    with pytest.raises(RunError, match=r"4 steps in a row .* with the items \d+, "):
         quiet(config)
     checkpoint = load_newest(config.out / "checkpoints")
     assert all(torch.isfinite(v).all() for v in checkpoint.tensors["model"].values())

@@ -49,6 +49,7 @@ class Data:
         shape: (C, H, W) of images or (D,) of points.
         is_image: whether items are images.
         heldout: the part kept out of training, None if there is none.
+        files: names of all items' files, None where they have none.
         quarantine: (path, reason) of the files that could not be read.
         note: what was done to files unlike the others, for the screen.
         members: (n,) int64 items of this part.
@@ -56,6 +57,7 @@ class Data:
 
     is_image = False
     note = ""
+    files: list[str] | None = None
 
     def __init__(
         self, name: str, shape: tuple[int, ...], total: int, corruption: ItemCorruption | None,
@@ -80,6 +82,11 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def names(self, indices: Tensor) -> list[str]:
+        """What to call items in messages: their files, or their numbers in the whole set."""
+        items = self.members[indices.cpu()].tolist()
+        return [str(item) if self.files is None else self.files[item] for item in items]
 
     def clean(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32: the items without corruption."""

@@ -77,7 +77,7 @@ class ImageFiles(Data):
     ):
         shape = (pictures.channels, resolution, resolution)
         super().__init__(name, shape, len(pictures.names), corruption, holdout, seed)
-        self.pictures, self.max_bad = pictures, max_bad
+        self.pictures, self.max_bad, self.files = pictures, max_bad, pictures.names
         self.quarantine = pictures.quarantine
         self.note = pictures.note
 
@@ -261,7 +261,7 @@ def image_data(config: TrainConfig, opened: tuple | None = None) -> Data:
     if len(images.names) * images.channels * config.resolution**2 > limit:
         return ImageFiles(name, images, config.resolution, config.max_bad, corruption, **common)
     data = ImageTensor(name, _decoded(config, path, images), corruption, **common)
-    data.quarantine, data.note = images.quarantine, images.note
+    data.quarantine, data.note, data.files = images.quarantine, images.note, images.names
     return data
 
 

@@ -155,6 +155,9 @@ class StreamedImages(ImageTensor):
         self.quarantine.extend(entry for entry in broken if entry not in self.quarantine)
         check_quarantine(self.quarantine, self._seen, self.max_bad)
 
+    def names(self, indices: Tensor) -> list[str]:
+        return [f"row {row}" for row in indices.tolist()]
+
     def order(self, batch_size: int, seed: int, step: int) -> Iterator[Tensor]:
         """Numbers (batch_size,) of the samples of every step, which `stream` finds the rows for."""
         for first in itertools.count(step * batch_size, batch_size):

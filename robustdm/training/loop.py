@@ -236,7 +236,8 @@ class _Session:
         self.compile_s: float | None = None
         self.waited = 0.0
         self.logged = self.started
-        self.line: tuple[Callable[[], dict], Tensor] | None = None
+        self.line: Callable[[], dict] | None = None
+        self.indices = torch.empty(0, dtype=torch.int64)  # of the last step's batch, this part
         self.wished: Callable[[], set] | None = None
         self.stop_signal: signal.Signals | None = None
 
@@ -276,7 +277,7 @@ class _Session:
         self.logged = time.monotonic()
         while trainer.step < config.steps and stopped is None:
             begin = time.monotonic()
-            x0, indices = next(stream)
+            x0, self.indices = next(stream)
             self.waited += time.monotonic() - begin
             trainer.train_step(x0, self._wishes() if self.ranks.size > 1 else ())
             trainer.elapsed = self.before + time.monotonic() - self.started
@@ -285,12 +286,12 @@ class _Session:
             # got the next step to do.
             at_once = trainer.device.type == "cpu"
             if at_once:
-                self._check_skips(int(trainer.skipped_in_a_row), step, indices)
+                self._check_skips(int(trainer.skipped_in_a_row), step)
             self._write_line()
             stopped, due = self._decide(at_once)
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
-                self._log(sampled, indices)
+                self._log(sampled)
                 if at_once or last or sampled or stopped:
                     self._write_line()
             else:
@@ -382,24 +383,27 @@ class _Session:
             self.lost.append(path.name)
             self.warn(str(error))
 
-    def _check_skips(self, in_a_row: int, step: int, indices: Tensor) -> None:
+    def _check_skips(self, in_a_row: int, step: int) -> None:
         if not in_a_row:
             return
+        items = self.trainer.to_blame(self.indices)
+        named = ", ".join(items[:16]) + (f" and {len(items) - 16} more" if items[16:] else "")
         if self.ranks.main:
             self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
-                                  f"({in_a_row} in a row)")
+                                  f"({in_a_row} in a row), items {named}")
         if in_a_row >= self.config.max_skipped:
-            raise RunError(
-                f"{in_a_row} steps in a row gave a loss or gradient that is not finite, the last "
-                f"with the items {indices.tolist()[:16]}: look at these data, lower --lr, or set "
-                f"--lambda-max; the weights were not touched, and checkpoints are kept in "
-                f"{self.run_dir.checkpoints}"
-            )
+            with self.ranks.together():
+                raise RunError(
+                    f"{in_a_row} steps in a row gave a loss or gradient that is not finite, the "
+                    f"last with the items {named}: look at these data, lower --lr, or set "
+                    "--lambda-max; the weights were not touched, and checkpoints are kept in "
+                    f"{self.config.out / 'checkpoints'}"
+                )
 
-    def _log(self, sampled: bool, indices: Tensor) -> None:
+    def _log(self, sampled: bool) -> None:
         """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
-        self.line = trainer.close_window(), indices
+        self.line = trainer.close_window()
         now = time.monotonic()
         self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
         self.waited = 0.0
@@ -420,7 +424,7 @@ class _Session:
     def _write_line(self) -> None:
         if self.line is None:
             return
-        (read, indices), self.line = self.line, None
+        read, self.line = self.line, None
         record = read() | self.extras
         if self.run_dir is not None:
             self.run_dir.append_metrics(record)
@@ -428,7 +432,7 @@ class _Session:
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
         if self.trainer.device.type != "cpu":
-            self._check_skips(record.get("skipped_in_a_row", 0), record["step"], indices)
+            self._check_skips(record.get("skipped_in_a_row", 0), record["step"])
 
     def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
         data, place = self.trainer.data, self.run_dir.samples
@@ -510,6 +514,8 @@ class _Session:
     def _save(self, required: bool) -> None:
         trainer = self.trainer
         trainer.check_ranks()
+        with self.ranks.together():
+            trainer.check_finite()
         with self.ranks.together() if required else contextlib.nullcontext():
             if self.run_dir is not None:
                 try:

@@ -17,8 +17,9 @@ def averaged_weights(
     """The weights of a moving average in a run's checkpoint; adapters are merged into the model.
 
     Raises:
-        RunError: adapters whose model is missing or damaged.
+        RunError: adapters whose model is missing or damaged; weights that are no numbers.
     """
+    check_finite(checkpoint)
     found = checkpoint.tensors[name]
     if not config.lora:
         return found
@@ -29,6 +30,22 @@ def averaged_weights(
             raise
         raise RunError(f"the adapters of {checkpoint.path} are not those of its model: use "
                        "another checkpoint") from error
+
+
+def not_finite(tensors: dict[str, dict[str, Tensor]]) -> str | None:
+    """The first tensor, by file, that holds a NaN or an infinity; None if there is none."""
+    for file, group in tensors.items():
+        for name, value in group.items():
+            if not bool(value.isfinite().all()):
+                return f"{name} in {file}"
+    return None
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raise a RunError if what was loaded of a checkpoint holds a NaN or an infinity."""
+    if found := not_finite(checkpoint.tensors):
+        raise RunError(f"{checkpoint.path} is of no use, {found} is not finite: move it away, and "
+                       "the checkpoint before it is used")
 
 
 def sample_kind(checkpoint: Checkpoint) -> tuple[tuple[int, ...], bool]:

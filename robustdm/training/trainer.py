@@ -32,7 +32,13 @@ from robustdm.training.checkpoint import (
 from robustdm.training.config import TrainConfig
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.optimizer import EMA, SkippingAdamW
-from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
+from robustdm.training.restore import (
+    check_finite,
+    check_model_shapes,
+    load_optimizer,
+    not_finite,
+    optimizer_tensors,
+)
 from robustdm.training.run import objective_of
 from robustdm.training.rundir import check_same_data
 from robustdm.training.signals import SIGNALS
@@ -106,6 +112,8 @@ class Trainer:
         self.lr = 0.0
         self.skipped = torch.zeros((), device=self.device)
         self.skipped_in_a_row = torch.zeros((), device=self.device)
+        self._finite = torch.ones(config.batch_size // ranks.size, dtype=torch.bool,
+                                  device=self.device)
         self._sums = torch.zeros(4, device=self.device)
         self._bands = torch.zeros(2, BANDS, device=self.device)
         self._wishes = torch.zeros(len(WISHES), device=self.device)
@@ -229,6 +237,18 @@ class Trainer:
         norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total)
         self._record(t, fit, reg, norm, skipped)
 
+    def to_blame(self, indices: Tensor) -> list[str]:
+        """Names of the items of the last batch whose loss was not finite; of all of them if every
+        loss was: then it is the gradient.
+
+        Args:
+            indices: of this rank's part of the batch.
+        """
+        bad = indices[~self._finite.cpu()]
+        found = self.ranks.exchange((self.data.names(bad), self.data.names(indices)))
+        return [name for part, _ in found for name in part] or [
+            name for _, part in found for name in part]
+
     def agreed(self) -> Callable[[], set]:
         """What any rank wished before the last step, the same on all; the function returned waits
         for that step."""
@@ -248,6 +268,7 @@ class Trainer:
 
     def _record(self, t: Tensor, fit: Tensor, reg: Tensor, norm: Tensor, skipped: Tensor) -> None:
         taken = 1 - skipped
+        self._finite[: len(fit)] = (fit + reg).isfinite()
         self.skipped += skipped
         self.skipped_in_a_row.add_(skipped).mul_(skipped)
         values = torch.stack([fit.mean(), reg.mean(), norm, torch.ones_like(norm)])
@@ -351,6 +372,15 @@ class Trainer:
 
     # Checkpoints.
 
+    def check_finite(self) -> None:
+        """Raise a RunError if weights, averages or moments hold a NaN or an infinity."""
+        if found := not_finite(self.state()[0]):
+            raise RunError(
+                f"after step {self.step} {found} is not finite, and no step made it so: is the "
+                "memory sound? Nothing was saved, the last checkpoint is as it was: go on with "
+                "--resume"
+            )
+
     def keep_origin(self, root: Path) -> None:
         """Write what adapters are added to, once, beside the checkpoints, which hold only them.
 
@@ -403,6 +433,7 @@ class Trainer:
                 f"version has {random.LAYOUT_VERSION}: continue it with the version that wrote it"
             )
         check_same_data(state["data"], self.data.identity(), checkpoint.path)
+        check_finite(checkpoint)
         tensors = checkpoint.tensors
         if self.config.lora:
             own, self._origin_file = load_origin(checkpoint), state["origin"]

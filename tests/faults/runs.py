@@ -187,14 +187,20 @@ def resumed(config: TrainConfig) -> TrainConfig:
 # Ends.
 
 
-def ending(out: Path) -> str:
-    """A digest of where a run has come to: step, all tensors' bits, and every loss on the way."""
+def bits(out: Path) -> str:
+    """A digest of where a run has come to: step, and all tensors' bits."""
     checkpoint = load_newest(out / "checkpoints")
     digest = hashlib.sha256(str(checkpoint.step).encode())
     for name in sorted(checkpoint.tensors):
         for key, tensor in sorted(checkpoint.tensors[name].items()):
             digest.update(f"{name} {key} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().reshape(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def ending(out: Path) -> str:
+    """A digest of `bits`, and of every loss on the way."""
+    digest = hashlib.sha256(bits(out).encode())
     for line in read_metrics(out / "metrics.jsonl"):
         kept = {key: line.get(key) for key in ("step", "loss", "fit", "reg", "grad_norm")}
         digest.update(json.dumps(kept).encode())
