@@ -1,8 +1,9 @@
 """Several processes, the *ranks*, that do the work of one; torchrun or accelerate starts them.
 
-Every rank holds the whole network and computes its part of each batch; one flat all-reduce a step
-sums the gradients, so that all take the same step and stay equal bit for bit. Random numbers belong
-to a sample's place in the whole batch, hence N ranks train what one rank trains.
+Every rank computes its part of each batch. It holds the whole network, and one flat all-reduce a
+step sums the gradients, so that all take the same step and stay equal bit for bit; or it holds a
+part of the network, see `robustdm.sharded`. Random numbers belong to a sample's place in the whole
+batch, hence N ranks train what one rank trains.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Ranks:
     def share(self, count: int) -> range:
         """This rank's consecutive part of ``count`` things; parts differ by one at most."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def equal_share(self, count: int) -> range:
+        """This rank's consecutive part of ``count`` things or a few more: parts are equal."""
+        each = -(-count // self.size)
+        return range(self.rank * each, (self.rank + 1) * each)
 
     def all_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the ranks of tensors of one dtype and device, by a single all-reduce; the same
@@ -129,6 +135,21 @@ class Ranks:
             raise PeerError(f"rank {first} failed: {reasons[first]}")
 
     @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A part in which others than this class's methods communicate, too.
+
+        Raises:
+            RunError: if a rank is lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            with self._lost():
+                raise
+
+    @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
         """Turn what a collective raises when a rank is gone into an error that names it."""
         try:
@@ -161,6 +182,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that lies in parts on the ranks, each of which has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def restarts() -> int:

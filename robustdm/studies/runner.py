@@ -41,7 +41,7 @@ EQUAL_WORK = "DDPM, equal work"
 _IDLE = {"crop": 0, "channels": None, "stream": False, "shuffle_buffer": 4096,
          "corrupt_kind": "gaussian", "corrupt_pixels": 0.1, "corrupt_quality": 10,
          "corrupt_with": None, "freeze": (), "lora": 0, "lora_alpha": None,
-         "lora_targets": TrainConfig.lora_targets}
+         "lora_targets": TrainConfig.lora_targets, "parallel": "ddp"}
 KEPT = 2500
 """Samples of an arm that stay on disk."""
 ADV_UNITS, DDPM_UNITS = 8, 3

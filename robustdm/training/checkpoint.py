@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from robustdm.distributed import whole
 from robustdm.errors import RunError, UsageError
 from robustdm.training import faults
 from robustdm.untrusted import load_safetensors
@@ -88,6 +90,8 @@ def save_checkpoint(
         root: the directory of all checkpoints of the run; created where it is missing.
         step: optimizer steps done so far.
         tensors: file name without suffix -> tensors by name, of any device, layout and sharing.
+            Of those that lie in parts on the ranks, one at a time is gathered: all other ranks call
+            `accompany` meanwhile.
         state: JSON-able values; "step" is added.
 
     Returns:
@@ -105,12 +109,14 @@ def save_checkpoint(
     staging = root / f".tmp-{uuid.uuid4().hex}"
     old = _aside(final)
     state_json = json.dumps({**state, "step": step}, indent=1).encode()
+    gathered = _gathered(tensors)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _check_space(root, tensors, len(state_json))
         staging.mkdir()
         files = {
-            f"{name}.safetensors": _write_file(staging / f"{name}.safetensors", _chunks(group))
+            f"{name}.safetensors":
+                _write_file(staging / f"{name}.safetensors", _chunks(group, gathered))
             for name, group in tensors.items()
         }
         files[STATE] = _write_file(staging / STATE, [state_json])
@@ -129,6 +135,8 @@ def save_checkpoint(
                 os.rename(old, final)
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
+            for _ in gathered:  # the other ranks know of nothing
+                pass
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written to {root}: "
                 f"{error.strerror or error}; earlier checkpoints are untouched, make room or "
@@ -137,6 +145,12 @@ def save_checkpoint(
         raise
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def accompany(tensors: dict[str, dict[str, Tensor]]) -> None:
+    """What other ranks do while one is in `save_checkpoint`: give it their parts."""
+    for _ in _gathered(tensors):
+        pass
 
 
 def save_origin(root: Path, tensors: dict[str, Tensor]) -> dict:
@@ -153,7 +167,7 @@ def save_origin(root: Path, tensors: dict[str, Tensor]) -> dict:
     try:
         root.mkdir(parents=True, exist_ok=True)
         _check_space(root, {"origin": tensors}, 0)
-        entry = _write_file(staging, _chunks(tensors))
+        entry = _write_file(staging, _chunks(tensors, _gathered({"": tensors})))
         os.rename(staging, root / ORIGIN)
         _sync_directory(root)
     except OSError as error:
@@ -178,16 +192,33 @@ def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], extra: int) 
         raise OSError(errno.ENOSPC, reason)
 
 
-def _chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _in_order(tensors: dict[str, Tensor]) -> list[str]:
+    """The names in a file's order: larger elements first, so that every tensor is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _gathered(tensors: dict[str, dict[str, Tensor]]) -> Iterator[Tensor]:
+    """Every tensor, file by file: those that lie in parts as they are asked for."""
+    for group in tensors.values():
+        for name in _in_order(group):
+            yield whole(group[name].detach())
+
+
+def _chunks(
+    tensors: dict[str, Tensor], gathered: Iterator[Tensor]
+) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time: no second copy of a network is held.
 
     The library's own writer does not fit: it leaves files of mode 0600, refuses tensors that share
     memory, and cannot hash what it writes.
 
+    Args:
+        tensors: the file's tensors, perhaps in parts.
+        gathered: what `_gathered` makes of them, and perhaps of later files'.
+
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
-    # Larger elements first, so that every tensor is aligned to its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = _in_order(tensors)
     header, start = {"__metadata__": {"format": "pt"}}, 0
     for name in order:
         tensor = tensors[name]
@@ -203,8 +234,8 @@ def _chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+    for tensor in itertools.islice(gathered, len(order)):
+        flat = tensor.cpu().contiguous().reshape(-1)
         yield memoryview(flat.view(torch.uint8).numpy())
 
 

@@ -208,6 +208,9 @@ class TrainConfig:
     """Decides weights, data order, noise and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: what each rank holds, the whole network (ddp), or a part of its weights,
+    gradients, moments and averages (fsdp)."""
     rank_timeout: float = 10.0
     """Under torchrun: minutes after which a rank that does not answer is lost."""
 
@@ -328,6 +331,11 @@ class TrainConfig:
              f"the network halves it {len(self.block_channels) - 1} times")
         need(self.stop_after is None or self.stop_after >= 1, "stop_after", "at least 1")
         need(self.rank_timeout > 0, "rank_timeout", "it must be positive")
+        if self.parallel == "fsdp":
+            need(not self.compile, "compile", "a network in parts runs eagerly, use --parallel ddp "
+                 "or --no-compile")
+            need(not self.lora, "lora", "what adapters add is small and not put in parts, use "
+                 "--parallel ddp")
         need(self.max_time is None or self.max_time > 0, "max_time", "it must be positive")
         need(self.pretrained is None or _is_record(self.pretrained), "pretrained",
              "no record of a model; it is not set by hand")

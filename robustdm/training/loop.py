@@ -31,6 +31,7 @@ from robustdm.report import REDUCED_CONTRAST, write_report
 from robustdm.resident import ResidentBatch
 from robustdm.training.checkpoint import (
     CheckpointError,
+    accompany,
     clean_stale,
     load_newest,
     prune,
@@ -181,7 +182,8 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
                 progress.message(f"continuing {config.out} after step {trainer.step}")
         session = _Session(trainer, run, signals, progress)
         try:
-            return session.run()
+            with ranks.watched():
+                return session.run()
         finally:
             session.close()
 
@@ -351,7 +353,10 @@ class _Session:
 
         def progress(done: int, total: int) -> None:
             nonlocal shown
-            if self.signals.received:
+            received = [self.signals.received]
+            if self.trainer.sharded:  # all go on or none: they call the network together
+                received = self.ranks.exchange(*received)
+            if any(received):
                 raise _Interrupted
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
@@ -364,7 +369,8 @@ class _Session:
         self.stop_signal = next((s for s in SIGNALS if s in received), None)
         if self.stop_signal is not None:
             raise _Interrupted
-        return self.ranks.gather(mine)
+        samples = self.ranks.gather(mine)
+        return None if samples is None else samples[: self.config.num_samples]
 
     def _write_quarantine(self) -> None:
         """List the files that could not be read; streamed sets find them while they train."""
@@ -527,6 +533,8 @@ class _Session:
                     self.warn(str(error))
                     return
                 prune(self.run_dir.checkpoints, self.config.keep_last, self.config.keep_every)
+            elif trainer.sharded:
+                accompany(trainer.state()[0])
         self.saved = time.monotonic()
 
     def _finish(self, complete: bool) -> dict:
@@ -539,6 +547,7 @@ class _Session:
             samples = self._sample(config.final_sampler, config.final_steps)
         else:
             samples = self._sample("ddim", config.preview_steps)
+        averaged = trainer.averaged() if trainer.data.is_image else None
         if self.run_dir is None:
             return {}
         out = self.run_dir.path
@@ -552,7 +561,7 @@ class _Session:
             self._warn_of_noise(measures["samples"])
             try:
                 save_pipeline(
-                    trainer.averaged(), trainer.schedule, out / "pipeline",
+                    averaged, trainer.schedule, out / "pipeline",
                     clip_sample=config.clip_samples,
                     variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
                 )
@@ -592,6 +601,7 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     ranks = trainer.ranks.size
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
     pieces += f" on each of {ranks} ranks" if ranks > 1 else ""
+    pieces += ", each with a part of the network" if trainer.sharded else ""
     trained = f", {trainer.trained:,} of them trained" if config.freeze or config.lora else ""
     if config.lora:  # the adapters, their averages, and two moments of each number
         size = 4 * trainer.trained * (3 + len(config.ema_rates)) / 2**20

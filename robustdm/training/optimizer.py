@@ -34,6 +34,11 @@ class EMA:
         self._average = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
 
+    def follow(self, weights: list[nn.Parameter], averages: list[nn.Parameter]) -> None:
+        """From now on average this rank's parts of the weights into its parts of the averages."""
+        pairs = [(w, a) for w, a in zip(weights, averages, strict=True) if w.requires_grad]
+        self._source, self._average = map(list, zip(*pairs, strict=True))
+
     def decay(self, step: int) -> float:
         """The decay after optimizer step ``step`` (from 0)."""
         return min(self.rate, (1 + step) / (10 + step))
@@ -95,12 +100,15 @@ class SkippingAdamW(torch.optim.AdamW):
         self._decay.fill_(0.0 if self.ema is None else self.ema.decay(step))
 
     @torch.no_grad()
-    def clip_and_step(self, clip_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def clip_and_step(
+        self, clip_norm: float, loss: Tensor, norm: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Clip the gradients by their total norm and step, unless loss or norm is not finite.
 
         Args:
             clip_norm: largest norm; 0 does not clip.
             loss: scalar loss of the step.
+            norm: of the gradients, where these are parts of a network's.
 
         Returns:
             The norm before clipping, and 1.0 where the step was skipped, else 0.0 (both scalars).
@@ -108,7 +116,8 @@ class SkippingAdamW(torch.optim.AdamW):
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         for p in parameters:  # fused updates walk through memory, and do not look at strides
             p.grad = _laid_out_like(p.grad, p)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
         if self.backend == "cpp":
             self._fused_pass(parameters, norm, clip_norm, skipped)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustdm import ops, random
+from robustdm import ops, random, sharded
 from robustdm.data import Data, load_data
 from robustdm.device import to_device, to_host
-from robustdm.distributed import ALONE, Ranks
+from robustdm.distributed import ALONE, Ranks, whole
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import RunError, UsageError
 from robustdm.inference import fast_network
@@ -22,6 +22,7 @@ from robustdm.objectives import Objective, dropout_seed
 from robustdm.pretrained import describe, probe, settle, start_from
 from robustdm.resident import ResidentBatch
 from robustdm.sampling import sample
+from robustdm.sharded import ShardedStep
 from robustdm.step import Gradients, GradientStep, WorkingCopy
 from robustdm.training.checkpoint import (
     Checkpoint,
@@ -65,6 +66,8 @@ class Trainer:
 
     Attributes:
         origin: the model that the weights started from, in a few lines; "" if there is none.
+        sharded: whether this process holds only a part of the network; see `robustdm.sharded`.
+        weights: the parameters that the optimizer updates, or this rank's part of each.
         parameters, trained: numbers of the network, all and those that training changes.
     """
 
@@ -82,7 +85,9 @@ class Trainer:
         self.model = build_model(config, self.data.shape)
         if weights is not None:
             self.model.load_state_dict(weights)
-        self.model.to(self.device)
+        self.sharded = config.parallel == "fsdp" and ranks.size > 1
+        if not self.sharded:  # else it moves block by block, and never lies there as a whole
+            self.model.to(self.device)
         if self.data.is_image:
             # Convolutions are faster channels-last, on CPUs as on GPUs.
             self.model.to(memory_format=torch.channels_last)
@@ -95,12 +100,22 @@ class Trainer:
         if config.lora:
             lora.add(self.model, config)
         self.model.train()
-        self.network = WorkingCopy(self.model) if config.precision == "bf16" else self.model
-        self.gradient_step = GradientStep(self.network, self.objective)
+        copied = config.precision == "bf16" and not self.sharded
+        self.network = WorkingCopy(self.model) if copied else self.model
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
+        self._began = self._bits() if self.sharded else 0
+        if self.sharded:
+            where = self.device, config.precision
+            self.weights = sharded.shard(self.model, *where)
+            for ema in self.emas:
+                ema.follow(self.weights, sharded.shard(ema.model, *where))
+            self.gradient_step = ShardedStep(self.model, self.objective, ranks.size)
+        else:
+            self.weights = list(self.model.parameters())
+            self.gradient_step = GradientStep(self.network, self.objective)
         self.optimizer = SkippingAdamW(
-            self.model, config.lr, config.weight_decay, self.emas[0],
-            [] if self.network is self.model else list(self.network.parameters()), config.backend,
+            nn.ParameterList(self.weights), config.lr, config.weight_decay, self.emas[0],
+            list(self.network.parameters()) if copied else [], config.backend,
         )
         self._seeded_dropout = bool(unfused_dropout(self.network))
         self._graph: StepGraph | None = None
@@ -135,7 +150,7 @@ class Trainer:
 
     def gradients(
         self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Give every weight the gradient of a batch, in ``accumulate`` pieces on each rank.
 
         Every random number belongs to a sample's place in the whole batch, so the number of pieces
@@ -148,43 +163,53 @@ class Trainer:
             regularised: what the objective says of the step.
 
         Returns:
-            The scalar loss of the whole batch, and t, fit and reg of every sample of this rank's,
-            (B,) each.
+            The scalar loss of the whole batch; the norm of its gradient if that lies in parts; and
+            t, fit and reg of every sample of this rank's, (B,) each.
         """
         parts: list[Gradients] = []
         sums: list[Tensor] = []
-        whole = len(x0) * self.ranks.size
+        size = len(x0) * self.ranks.size
         first = len(x0) * self.ranks.rank
-        for piece in x0.chunk(self.config.accumulate):
-            part = self._piece(piece, key, first, regularised, len(piece) / whole)
+        pieces = x0.chunk(self.config.accumulate)
+        for piece in pieces:
+            part = self._piece(piece, key, first, regularised, len(piece) / size,
+                               last=piece is pieces[-1])
             found = [g for g in part.weights if g is not None]
             # Not in place: a compiled step may return one tensor for two equal gradients.
-            sums = torch._foreach_add(sums, found) if parts else found
+            sums = torch._foreach_add(sums, found) if sums else found
             parts.append(part)
             first += len(piece)
         t, fit, reg = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "fit", "reg"))
         loss = (fit + reg).mean()
+        norm = None
         if self.ranks.size > 1:
             # With the gradients, so that there is one all-reduce: all ranks skip a step or none.
             dtype = sums[0].dtype
             extras = [(loss / self.ranks.size).to(dtype), self._wishes.to(dtype)]
-            *sums, loss, agreed = self.ranks.all_sum([*sums, *extras])
+            if self.sharded:  # summed already
+                square = torch.nn.utils.get_total_norm(sums) ** 2
+                square, loss, agreed = self.ranks.all_sum([square, *extras])
+                norm = square.sqrt()
+            else:
+                *sums, loss, agreed = self.ranks.all_sum([*sums, *extras])
             self._agreed.copy_(agreed)
         rest = iter(sums)
-        weights = (p for p in self.model.parameters() if p.requires_grad)
-        for p, g in zip(weights, parts[0].weights, strict=True):
+        weights = (p for p in self.weights if p.requires_grad)
+        for p, g in zip(weights, parts[-1].weights, strict=True):
             p.grad = None if g is None else next(rest)
-        return loss, t, fit, reg
+        return loss, norm, t, fit, reg
 
     def _piece(
         self, piece: Tensor | ResidentBatch, key: Tensor, first: int, regularised: bool,
-        scale: float,
+        scale: float, last: bool = True,
     ) -> Gradients:
         # Not key + tensor([0, 0, first]): a constant made on the host would have to be copied.
         key = torch.cat([key[:2], key[2:] + first]) if first else key
         seed = None
         if self._seeded_dropout and not self.gradient_step.compiled:
             seed = dropout_seed(self.config.seed, self.step, first)
+        if self.sharded:
+            return self.gradient_step(piece, key, regularised, seed, scale, last)
         return self.gradient_step(piece, key, regularised, seed, scale)
 
     def probe(self, x0: Tensor | ResidentBatch, kinds: Iterable[bool]) -> None:
@@ -233,8 +258,8 @@ class Trainer:
 
     def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
         """What a step does on the device: a CUDA graph can hold it."""
-        total, t, fit, reg = self.gradients(x0, key, regularised)
-        norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total)
+        total, norm, t, fit, reg = self.gradients(x0, key, regularised)
+        norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total, norm)
         self._record(t, fit, reg, norm, skipped)
 
     def to_blame(self, indices: Tensor) -> list[str]:
@@ -329,22 +354,41 @@ class Trainer:
             losses.append(plain(network, piece, draw).fit)
         return torch.cat(losses).mean().item()
 
-    def averaged(self) -> nn.Module:
-        """The network with the first moving average; adapters are merged into its layers."""
+    def averaged(self) -> nn.Module | None:
+        """The network with the first moving average; adapters are merged into its layers.
+
+        Returns:
+            Of a sharded network a copy in host memory, and None on other ranks than 0; all of them
+            have to ask for it.
+        """
         network = self.emas[0].model
+        if self.sharded:
+            weights = {}
+            for name, value in network.state_dict().items():
+                value = whole(value)
+                if self.ranks.main:
+                    weights[name] = value.cpu()
+            if not self.ranks.main:
+                return None
+            network = build_model(self.config, self.data.shape).eval()
+            network.load_state_dict(weights, assign=True)
         return lora.without(network, lora.scale(self.config)) if self.config.lora else network
 
-    def _averaged_network(self) -> nn.Module:
+    def _averaged_network(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.sharded:
+            return sharded.predictor(self.emas[0].model, self.device)
         return fast_network(self.averaged(), precision=self.config.precision, cuda_graph=False)
 
     def generate(
         self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
     ) -> Tensor:
         """This rank's share of the samples of the averaged weights, from fixed noise: all
-        (num_samples, *shape) if it is alone."""
-        config, mine = self.config, self.ranks.share(self.config.num_samples)
-        if not mine:
-            return torch.empty(0, *self.data.shape)
+        (num_samples, *shape) if it is alone.
+
+        With the others' there are a few more than that, for all ranks draw equally many: a sharded
+        network is called by all of them, or by none.
+        """
+        config, mine = self.config, self.ranks.equal_share(self.config.num_samples)
         return sample(
             self._averaged_network(),
             self.schedule,
@@ -362,13 +406,15 @@ class Trainer:
 
     def check_ranks(self) -> None:
         """Raise a RunError unless all ranks are at the same step with the same weights, bit for
-        bit."""
-        if self.ranks.size == 1:
-            return
+        bit; where these lie in parts, unless those that the ranks began with were the same."""
+        if self.ranks.size > 1:
+            self.ranks.same("the step and the sum of the weights' bits",
+                            (self.step, self._began if self.sharded else self._bits()))
+
+    def _bits(self) -> int:
         words = [p.detach().view(torch.int32).sum(dtype=torch.int64)
                  for p in (*self.model.parameters(), *self.emas[0].model.parameters())]
-        self.ranks.same("the step and the sum of the weights' bits",
-                        (self.step, torch.stack(words).sum().item()))
+        return torch.stack(words).sum().item()
 
     # Checkpoints.
 
@@ -393,6 +439,9 @@ class Trainer:
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Everything a continuation needs: tensors by file, and JSON."""
         moments, settings = optimizer_tensors(self.optimizer)
+        if self.sharded:
+            moments = sharded.joined(moments, list(self.model.parameters()))
+
         def weights(network: nn.Module) -> dict[str, Tensor]:
             return lora.split(network)[1] if self.config.lora else network.state_dict()
 
@@ -440,11 +489,17 @@ class Trainer:
             tensors = tensors | {name: lora.joined(own, found) for name, found in tensors.items()
                                  if name != "optimizer"}
         check_model_shapes(self.model, tensors["model"])
-        self.model.load_state_dict(tensors["model"])
+        moments = tensors["optimizer"]
+        if self.sharded:
+            moments = sharded.parted(moments, list(self.model.parameters()))
+        for network, name in ((self.model, "model"), *((e.model, f"ema_{e.rate}")
+                                                       for e in self.emas)):
+            if self.sharded:
+                sharded.load(network, tensors[name])
+            else:
+                network.load_state_dict(tensors[name])
         self.optimizer.write_copies()
-        for ema in self.emas:
-            ema.model.load_state_dict(tensors[f"ema_{ema.rate}"])
-        load_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+        load_optimizer(self.optimizer, moments, state["optimizer"])
         self.step, self.elapsed = checkpoint.step, float(state["elapsed"])
         self.skipped.fill_(state["skipped"])
 
