@@ -91,7 +91,8 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     Source: Briglia et al. 2026, Algorithm 1.
     """
     try:
-        with join(config.device, config.rank_timeout) as ranks:
+        with join(config.device, config.rank_timeout,
+                  "checkpoints are as they were, go on with --resume") as ranks:
             return _train(config, progress_mode if ranks.main else "off", ranks)
     except RuntimeError as error:
         if isinstance(error, RunError):

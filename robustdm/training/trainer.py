@@ -342,12 +342,8 @@ class Trainer:
     def check_ranks(self) -> None:
         """Raise a RunError unless all ranks are at the same step with the same weights, bit for
         bit."""
-        if self.ranks.size == 1:
-            return
-        words = [p.detach().view(torch.int32).sum(dtype=torch.int64)
-                 for p in (*self.model.parameters(), *self.emas[0].model.parameters())]
-        self.ranks.same("the step and the sum of the weights' bits",
-                        (self.step, torch.stack(words).sum().item()))
+        weights = (*self.model.parameters(), *self.emas[0].model.parameters())
+        self.ranks.same_weights("the step and the sum of the weights' bits", weights, self.step)
 
     # Checkpoints.
 
@@ -419,13 +415,14 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """``auto`` is CUDA where there is one, and CUDA without a number is this process's GPU: other
+    threads would take it for the first.
 
     Raises:
         UsageError: for a device that does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -436,6 +433,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UsageError(f"device is {name!r}, but {count} CUDA devices are here: use cpu")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
