@@ -93,13 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def attack(config: AttackConfig) -> dict:
     """Attack every run with every method and share; print a table, write a record and a page.
 
+    Started by torchrun, each process attacks its part of the samples, and rank 0 writes.
+
     Returns:
-        What attack.json holds.
+        What attack.json holds; empty on other ranks than 0.
 
     Raises:
         UsageError: for a wrong run or setting.
         RunError: if sampling fails.
     """
+    from robustdm.distributed import join
+
+    with join(config.device) as ranks:
+        return _attack(config, ranks)
+
+
+def _attack(config: AttackConfig, ranks) -> dict:
     from robustdm.attacks import TrajectoryAttack, attacked_steps
     from robustdm.baselines import Baseline
     from robustdm.comparison import Comparison, open_runs
@@ -113,13 +122,13 @@ def attack(config: AttackConfig) -> dict:
                          config.phi, config.objective, config.iterations,
                          eot_loss=config.eot_loss)
         for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
-    generators = open_runs(config.runs, device, config.ema)
+    generators = open_runs(config.runs, device, config.ema, ranks)
     shrunk = None if config.shrink is None else Baseline("shrink", config.shrink)
     rows = [(name if baseline is None else f"{name}, shrunk {config.shrink:g}", generator, baseline)
             for name, generator in generators.items()
             for baseline in (None, *([shrunk] if shrunk else []))]
-    compared, checks = Comparison(config, device), {}
-    for name, generator, baseline in rows:
+    compared, checks = Comparison(config, device, ranks), {}
+    for number, (name, generator, baseline) in enumerate(rows):
         steps = config.steps or len(generator.schedule)
         for made in attacks:
             what = "no attack" if made is None else f"{made.method} {made.share:.0%}"
@@ -130,7 +139,13 @@ def attack(config: AttackConfig) -> dict:
                          f"[{len(compared.rows) + 1}/{len(rows) * len(attacks)}] {name}, "
                          f"{what}", attack=made, steps=config.steps, spacing=config.spacing,
                          variance=config.variance, baseline=baseline)
-        checks[name] = _raised(generator, baseline, config, device)
+        # One batch a row: each is for one rank, and last for rank 0, which has measured meanwhile.
+        if ranks.rank == (ranks.size - 1 - number) % ranks.size:
+            checks[name] = _raised(generator, baseline, config, device)
+    found = {name: check for part in ranks.exchange(checks) for name, check in part.items()}
+    if not ranks.main:
+        return {}
+    checks = {name: found[name] for name, _, _ in rows}
     record = compared.record(objective_raised=checks)
     print(compared.table())
     for name, check in checks.items():

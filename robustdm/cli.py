@@ -30,7 +30,8 @@ def guard(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         code = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if on_main_rank():
+            print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
 

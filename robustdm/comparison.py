@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from robustdm import evaluation, plots, webpage
+from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
-from robustdm.features import cache_directory, load_extractor
+from robustdm.features import cache_directory
 from robustdm.images import grid, to_pil
 from robustdm.tables import text_table
 from robustdm.training.progress import sampling_progress
@@ -28,16 +29,22 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
-def open_runs(runs: Sequence[Path], device, ema: float | None) -> dict[str, evaluation.Generator]:
+def open_runs(runs: Sequence[Path], device, ema: float | None,
+              ranks: Ranks = ALONE) -> dict[str, evaluation.Generator]:
     """The generators of runs, by name.
 
     Raises:
         UsageError: if there are none, or one is no run.
+        RunError: if other ranks have opened others.
     """
     if not runs:
         raise UsageError("runs is empty: name one or more run directories")
-    return {name: evaluation.open_run(run, device, ema)
-            for name, run in zip(names_of(runs), runs, strict=True)}
+    with ranks.together():
+        found = {name: evaluation.open_run(run, device, ema)
+                 for name, run in zip(names_of(runs), runs, strict=True)}
+    for name, generator in found.items():
+        ranks.same_weights(f"the sum of the weights' bits of {name}", generator.model.parameters())
+    return found
 
 
 class Comparison:
@@ -47,6 +54,7 @@ class Comparison:
         config: of the entry point: num, batch_size, seed, precision, compile, features, weights and
             quantise are used, and all of it is written down.
         device: where to compute.
+        ranks: those that share the samples; rank 0 alone measures and has something to write.
 
     Attributes:
         rows: row name -> {column: value}, for the screen.
@@ -54,8 +62,8 @@ class Comparison:
         label: name of the Frechet distance in the feature space.
     """
 
-    def __init__(self, config, device):
-        self.config, self.device = config, device
+    def __init__(self, config, device, ranks: Ranks = ALONE):
+        self.config, self.device, self.ranks = config, device, ranks
         self.rows: dict[str, dict] = {}
         self.entries: list[dict] = []
         self.pictures: dict[str, torch.Tensor] = {}
@@ -76,23 +84,27 @@ class Comparison:
         Raises:
             UsageError, RunError: like ``evaluation.generate`` and ``measure``.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
         if name not in self._reference:
-            extractor = load_extractor(config.features, generator.shape, config.weights,
-                                       self.device, config.quantise)
-            clean = generator.data.clean(torch.arange(len(generator.data)))
+            extractor = evaluation.shared_extractor(
+                ranks, config.features, generator.shape, config.weights, self.device,
+                config.quantise)
+            clean = generator.data.clean(torch.arange(len(generator.data))) if ranks.main else None
             self._reference[name] = extractor, evaluation.features_of(
-                extractor, clean, cache_directory()).features
+                extractor, clean, cache_directory(), ranks=ranks)
             self.identity = extractor.identity
             self.label = evaluation.label("frechet", extractor)
         extractor, reference = self._reference[name]
-        with sampling_progress(config.num, progress_text) as progress:
+        with sampling_progress(config.num, progress_text, ranks.main) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, progress=progress,
-                device=self.device, **sampling), evaluation.affordable(generator.shape))
-        results = evaluation.measure(features, reference, ("frechet", "manifold", "deviation"),
-                                     splits=4)
+                device=self.device, ranks=ranks, **sampling),
+                evaluation.affordable(generator.shape), ranks)
+        if not ranks.main:
+            return
+        results = evaluation.measure(features, reference.features,
+                                     ("frechet", "manifold", "deviation"), splits=4)
         measures = generator.data.measure(samples)
         row = {evaluation.label(k, extractor): float(results[k]["value"]) for k in METRICS}
         self.rows[f"{name}, {what}"] = dict(facts) | row | measures
@@ -106,7 +118,7 @@ class Comparison:
         return {
             "config": {k: _plain(v) for k, v in asdict(self.config).items()},
             "runs": list(self._reference), "features": self.identity, "entries": self.entries,
-            **more, "provenance": provenance(),
+            **more, "ranks": self.ranks.size, "provenance": provenance(),
         }
 
     def table(self) -> str:

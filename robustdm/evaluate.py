@@ -98,19 +98,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(config: EvaluateConfig) -> dict:
     """Make or read samples, measure them, print a table and write a record and a page.
 
+    Started by torchrun, each process makes its part of the samples and of the features; rank 0
+    reads what is to be read, measures and writes.
+
     Returns:
-        What evaluation.json holds.
+        What evaluation.json holds; empty on other ranks than 0.
 
     Raises:
         UsageError: for a wrong source, reference or setting.
         RunError: if sampling fails or weights are out of reach.
     """
+    from robustdm.distributed import join
+
+    with join(config.device) as ranks:
+        return _evaluate(config, ranks)
+
+
+def _evaluate(config: EvaluateConfig, ranks) -> dict:
     import torch
 
     from robustdm import evaluation
     from robustdm.baselines import from_flags
     from robustdm.data.read import read_images
-    from robustdm.features import cache_directory, load_extractor
+    from robustdm.features import cache_directory
     from robustdm.metrics import FeatureStatistics
     from robustdm.training.progress import sampling_progress
     from robustdm.training.rundir import provenance
@@ -122,57 +132,55 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.num < 2:
         raise UsageError(f"num is {config.num}: it takes at least 2 samples")
     device = resolve_device(config.device)
-    generator = samples = None
-    if config.run is not None:
-        generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
-    elif config.pipeline is not None:
-        generator = evaluation.open_pipeline(config.pipeline, device)
-    else:
-        samples = read_images(config.samples, "samples")[: config.num]
-    if generator is None and config.baseline != "none":
-        raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample from; "
-                         "give --run or --pipeline")
-    corruption = getattr(getattr(generator, "data", None), "corruption", None)
-    baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
-                          getattr(corruption, "sigma", None))
-    shape = tuple(samples.shape[1:]) if generator is None else generator.shape
-    extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
+    generator = samples = shape = None
+    if config.pipeline is not None:  # of the Hub, it is fetched once
+        generator = ranks.main_first(lambda: evaluation.open_pipeline(config.pipeline, device))
+    with ranks.together():
+        if config.run is not None:
+            generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
+        elif config.samples is not None and ranks.main:
+            samples = read_images(config.samples, "samples")[: config.num]
+            shape = tuple(samples.shape[1:])
+        if generator is None and config.baseline != "none":
+            raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample "
+                             "from; give --run or --pipeline")
+        corruption = getattr(getattr(generator, "data", None), "corruption", None)
+        baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
+                              getattr(corruption, "sigma", None))
+    if generator is not None:
+        ranks.same_weights("the sum of the weights' bits", generator.model.parameters())
+        shape = generator.shape
+    shape = ranks.exchange(shape)[0]
+    extractor = evaluation.shared_extractor(ranks, config.features, shape, config.weights, device,
+                                            config.quantise)
     cache = cache_directory()
 
     # The reference first: it is quick to find wrong.
     clean = reference = None
-    if config.reference is None:
-        if generator is None or generator.data is None:
-            raise UsageError("reference is not given: only a run knows its own clean data; name a "
-                             "folder, zip, .npy or .npz")
-        clean = generator.data.clean(torch.arange(len(generator.data)))
-        where = "the run's clean training data"
-    else:
-        where = str(config.reference)
-        reference = _statistics(config.reference)
-        if reference is None:
-            clean = read_images(config.reference, "reference")
-    if clean is not None:
-        if tuple(clean.shape[1:]) != shape:
-            raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
-                             "bring it to their resolution and channels first")
-        reference = evaluation.features_of(extractor, clean, cache).features
-    if config.save_reference is not None:
+    with ranks.together():
+        if ranks.main:
+            clean, reference, where = _reference(config, generator, shape)
+    if ranks.exchange(reference is None)[0]:
+        reference = evaluation.features_of(extractor, clean, cache, ranks=ranks)
+        reference = reference and reference.features
+    if ranks.main and config.save_reference is not None:
         (reference if isinstance(reference, FeatureStatistics)
          else FeatureStatistics.of(reference)).save(config.save_reference)
 
     if generator is not None:
         name = generator.name + ("" if baseline is None else f", {config.baseline}")
-        with sampling_progress(config.num) as progress:
+        with sampling_progress(config.num, shown=ranks.main) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, device=device,
-                progress=progress, sampler=config.sampler, steps=config.steps,
+                progress=progress, ranks=ranks, sampler=config.sampler, steps=config.steps,
                 spacing=config.spacing, variance=config.variance, eta=config.eta,
-                baseline=baseline), evaluation.affordable(shape))
+                baseline=baseline), evaluation.affordable(shape), ranks)
     else:
         name = str(config.samples)
-        features = evaluation.features_of(extractor, samples, cache)
+        features = evaluation.features_of(extractor, samples, cache, ranks=ranks)
+    if not ranks.main:
+        return {}
     results = evaluation.measure(features, reference, config.metrics)
     own = {}
     if generator is not None and generator.data is not None:
@@ -182,7 +190,7 @@ def evaluate(config: EvaluateConfig) -> dict:
             data.batch(everything)), "clean data": data.measure(data.clean(everything))}
     record = {
         "name": name, "reference": where, "features": extractor.identity, "results": results,
-        "measures": own, "provenance": provenance(),
+        "measures": own, "ranks": ranks.size, "provenance": provenance(),
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
     rows = table_rows(results, extractor)
@@ -196,6 +204,30 @@ def evaluate(config: EvaluateConfig) -> dict:
     _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
     print(f"page: {out / 'evaluation.html'}")
     return record
+
+
+def _reference(config: EvaluateConfig, generator, shape: tuple[int, ...]) -> tuple:
+    """Clean data or None, statistics that stand for it or None, and where they are from."""
+    import torch
+
+    from robustdm.data.read import read_images
+
+    if config.reference is None:
+        if generator is None or generator.data is None:
+            raise UsageError("reference is not given: only a run knows its own clean data; name a "
+                             "folder, zip, .npy or .npz")
+        clean = generator.data.clean(torch.arange(len(generator.data)))
+        where = "the run's clean training data"
+    else:
+        where = str(config.reference)
+        statistics = _statistics(config.reference)
+        if statistics is not None:
+            return None, statistics, where
+        clean = read_images(config.reference, "reference")
+    if tuple(clean.shape[1:]) != shape:
+        raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
+                         "bring it to their resolution and channels first")
+    return clean, None, where
 
 
 def table_rows(results: dict, extractor) -> dict[str, dict]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from robustdm.baselines import Baseline
 from robustdm.data import load_data
 from robustdm.data.base import Data, sha256_of
+from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import RunError, UsageError
-from robustdm.features import Extractor, Features
+from robustdm.features import Extractor, Features, load_extractor
 from robustdm.inference import fast_network
 from robustdm.metrics import (
     FeatureStatistics,
@@ -100,18 +101,22 @@ def generate(
     precision: str = "fp32", compile: bool = False, attack=None,
     baseline: Baseline | None = None,
     progress: Callable[[int, int], None] | None = None, device: torch.device | str = "cpu",
-    **settings,
+    ranks: Ranks = ALONE, **settings,
 ) -> Iterator[Tensor]:
     """Batches of samples (B, *shape), on the CPU, as they are made.
 
     Args:
-        settings: sampler, steps, spacing, variance and eta of ``sampling.sample``.
         attack: an attack on the trajectory; the network is then differentiable.
         baseline: what is done to a plain DDPM against noise.
+        progress: called as progress(done, total), in sample-steps of all ranks.
+        ranks: those that share the samples; each iterates over its part, to the end, which comes
+            when all are done. Sample k is the same on any number of ranks.
+        settings: sampler, steps, spacing, variance and eta of ``sampling.sample``.
 
     Raises:
         UsageError: for a setting out of range.
         RunError: if samples are not finite.
+        PeerError: if another rank has failed.
     """
     defaults = dict(sampler="ddpm", steps=None, spacing="linspace", variance="fixed_large", eta=0.0)
     settings = defaults | settings
@@ -125,19 +130,30 @@ def generate(
         network = baseline.network(network, generator.schedule).to(device)
     steps = len(timesteps(generator.schedule, settings["steps"], settings["spacing"],
                           settings.get("stop", 0.0)))
-    for first in range(0, num, batch_size):
-        count = min(batch_size, num - first)
+    part, batch_size = ranks.batches(num, batch_size)
+    with ranks.apart(num * steps, progress) as report:
+        for first in range(part.start, part.stop, batch_size):
+            before = (first - part.start) * steps
+            made = sample(network, generator.schedule, generator.shape,
+                          num=min(batch_size, part.stop - first), first_index=first,
+                          batch_size=batch_size, seed=seed, clip=generator.clip, device=device,
+                          attack=attack, progress=lambda done, _, b=before: report(b + done),
+                          **settings)
+            if not bool(torch.isfinite(made).all()):
+                raise RunError(f"samples of {generator.name} are not finite numbers: the run has "
+                               "diverged, use an earlier --checkpoint")
+            yield made if baseline is None else baseline.finish(made)
 
-        def report(done: int, _: int, first: int = first) -> None:
-            progress(first * steps + done, num * steps)
 
-        made = sample(network, generator.schedule, generator.shape, num=count, first_index=first,
-                      batch_size=batch_size, seed=seed, clip=generator.clip, device=device,
-                      attack=attack, progress=report if progress else None, **settings)
-        if not bool(torch.isfinite(made).all()):
-            raise RunError(f"samples of {generator.name} are not finite numbers: the run has "
-                           "diverged, use an earlier --checkpoint")
-        yield made if baseline is None else baseline.finish(made)
+def shared_extractor(ranks: Ranks, *arguments) -> Extractor:
+    """``load_extractor`` on every rank: what is kept in a cache is made, or fetched, once.
+
+    Raises:
+        UsageError, RunError: like ``load_extractor``; RunError if the ranks' extractors differ.
+    """
+    extractor = ranks.main_first(lambda: load_extractor(*arguments))
+    ranks.same("the feature extractor", extractor.identity)
+    return extractor
 
 
 def affordable(shape: tuple[int, ...]) -> int:
@@ -146,54 +162,75 @@ def affordable(shape: tuple[int, ...]) -> int:
 
 
 def extract(
-    extractor: Extractor, batches: Iterator[Tensor], keep: int | None = None
-) -> tuple[Features, Tensor]:
+    extractor: Extractor, batches: Iterator[Tensor], keep: int | None = None, ranks: Ranks = ALONE
+) -> tuple[Features, Tensor] | tuple[None, None]:
     """Features of a stream of samples, and the samples; a batch's features are computed while the
     next batch is made.
 
     Args:
         batches: (B, *shape) each.
         keep: samples to return, the first ones; all if None. What is not kept takes no memory.
+        ranks: those that have a part of the samples each, in their order.
+
+    Returns:
+        Those of all ranks on rank 0, (None, None) on the others.
 
     Raises:
         UsageError: if the extractor does not take such samples.
     """
-    kept, futures, left = [], [], keep
+    kept, futures, left, count = [], [], keep, 0
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
+            count += len(batch)
             kept.append(batch if left is None else batch[:left].clone())
             left = None if left is None else left - len(kept[-1])
             futures.append(pool.submit(extractor, batch))
             if len(futures) > 1:
                 futures[-2].result()  # an error stops the sampling
         parts = [future.result() for future in futures]
-    logits = None if parts[0].logits is None else torch.cat([p.logits.cpu() for p in parts])
-    return Features(torch.cat([p.features.cpu() for p in parts]), logits), torch.cat(kept)
+
+    def gathered(values: list[Tensor], first: int | None = None) -> Tensor | None:
+        return ranks.gather(torch.cat([v.cpu() for v in values])[:first] if values else None)
+
+    before = sum(ranks.exchange(count)[: ranks.rank])
+    samples = gathered(kept, None if keep is None else max(0, keep - before))
+    features = gathered([p.features for p in parts])
+    logits = gathered([p.logits for p in parts if p.logits is not None])
+    return (Features(features, logits), samples) if ranks.main else (None, None)
 
 
-def features_of(extractor: Extractor, images: Tensor, cache: Path | None = None,
-                batch_size: int = 250) -> Features:
+def features_of(extractor: Extractor, images: Tensor | None, cache: Path | None = None,
+                batch_size: int = 250, ranks: Ranks = ALONE) -> Features | None:
     """Features of a set of images, from the cache if the very same were computed before.
 
     Args:
+        images: the set on rank 0, None on the others.
         cache: folder of kept features; a file's name is a hash of the images and the extractor, so
             another setting can never find it. None keeps nothing.
+        ranks: those that share the work.
+
+    Returns:
+        None on other ranks than 0.
     """
     from safetensors.torch import load_file, save_file
 
-    path = None
-    if cache is not None:
+    path = found = None
+    if cache is not None and ranks.main:
         key = json.dumps([sha256_of(images), list(images.shape), extractor.identity])
         path = cache / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         with contextlib.suppress(Exception):  # missing or damaged: compute
             kept = load_file(path)
-            return Features(kept["features"], kept.get("logits"))
-    made, _ = extract(extractor, iter(images.split(batch_size)), keep=0)
+            found = Features(kept["features"], kept.get("logits"))
+    if ranks.exchange(found is not None)[0]:
+        return found
+    mine = ranks.scatter(images, batch_size)
+    found, _ = extract(extractor, iter(mine.split(batch_size)), keep=0, ranks=ranks)
     if path is not None:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in made._asdict().items() if v is not None}, path)
-    return made
+            save_file({k: v.contiguous() for k, v in found._asdict().items() if v is not None},
+                      path)
+    return found
 
 
 def measure(

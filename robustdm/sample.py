@@ -82,7 +82,8 @@ def generate(config: SampleConfig) -> Path:
     """Generate samples from a run and write them to a folder.
 
     Writes ``samples.npz`` (key "samples", float32, (num, *shape), unclipped), ``sample.json``
-    and, for images, ``00000.png`` and so on and ``grid.png`` (the first 64).
+    and, for images, ``00000.png`` and so on and ``grid.png`` (the first 64). Started by torchrun,
+    each process generates its part, and rank 0 writes.
 
     Returns:
         The folder.
@@ -91,21 +92,31 @@ def generate(config: SampleConfig) -> Path:
         UsageError: for a wrong setting, run or folder.
         RunError: if sampling or writing fails.
     """
-    out = config.run / "generated" if config.out is None else config.out
-    _check_out(out, config.overwrite)
+    from robustdm.distributed import join
 
+    with join(config.device) as ranks:
+        return _generate(config, ranks)
+
+
+def _generate(config: SampleConfig, ranks) -> Path:
     import torch
 
     from robustdm.baselines import from_flags
     from robustdm.inference import fast_network
-    from robustdm.sampling import check_settings, sample
+    from robustdm.sampling import check_settings, sample, timesteps
     from robustdm.training.loop import is_out_of_memory
     from robustdm.training.progress import sampling_progress
     from robustdm.training.run import load_run
     from robustdm.training.trainer import resolve_device
 
-    device = resolve_device(config.device)
-    run = load_run(config.run, config.ema, device, config.checkpoint)
+    out = config.run / "generated" if config.out is None else config.out
+    with ranks.together():
+        if ranks.main:
+            _check_out(out, config.overwrite)
+        device = resolve_device(config.device)
+        run = load_run(config.run, config.ema, device, config.checkpoint)
+    ranks.same_weights("the step and the sum of the weights' bits", run.model.parameters(),
+                       run.step)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
@@ -118,17 +129,26 @@ def generate(config: SampleConfig) -> Path:
         settings["stop"] = baseline.stop
         baseline.finish(torch.zeros(1, *run.shape))  # blurs no points: say so now
     check_settings(run.schedule, **settings)
+    steps = len(timesteps(run.schedule, config.steps, config.spacing, settings.get("stop", 0.0)))
+    part, batch_size = ranks.batches(config.num, config.batch_size)
+    settings |= dict(num=len(part), first_index=part.start, batch_size=batch_size)
     network = fast_network(
         run.model, precision=config.precision, compile=config.compile, device=device
     )
+    samples = None
     try:
-        _prepare(network, config, run.shape)
+        _prepare(network, config, min(batch_size, config.num), run.shape, ranks.main)
         started = time.monotonic()
-        with sampling_progress(config.num) as progress:
-            samples = sample(
-                baseline.network(network, run.schedule).to(device) if baseline else network,
-                run.schedule, run.shape, **settings, clip=clip, seed=config.seed, device=device,
-                progress=progress)
+        with sampling_progress(config.num, shown=ranks.main) as progress, \
+                ranks.apart(config.num * steps, progress) as report:
+            if part:
+                samples = sample(
+                    baseline.network(network, run.schedule).to(device) if baseline else network,
+                    run.schedule, run.shape, **settings, clip=clip, seed=config.seed,
+                    device=device, progress=report)
+        samples = ranks.gather(samples)
+        if not ranks.main:
+            return out
         samples = baseline.finish(samples) if baseline else samples
     except RuntimeError as error:
         if isinstance(error, RunError) or not is_out_of_memory(error):
@@ -143,7 +163,8 @@ def generate(config: SampleConfig) -> Path:
             f"the samples of {config.run} at step {run.step} are not finite numbers: the run has "
             "diverged; sample from an earlier --checkpoint"
         )
-    record = _record(config, run, clip, seconds, network.off)
+    made = {"batch_size": batch_size, "ranks": ranks.size, "off": network.off}
+    record = _record(config, run, clip, seconds, made)
     try:
         _write(out, samples.numpy(), run.is_image, record)
     except OSError as error:
@@ -152,12 +173,16 @@ def generate(config: SampleConfig) -> Path:
     return out
 
 
-def _prepare(network, config: SampleConfig, shape: tuple[int, ...]) -> None:
+def _prepare(
+    network, config: SampleConfig, batch_size: int, shape: tuple[int, ...], speak: bool
+) -> None:
     """Compile and capture before the clock of the sampling starts, and say what did not work."""
-    if config.compile:
+    if config.compile and speak:
         print("compiling the network ...", flush=True)
     begin = time.monotonic()
-    network.prepare(min(config.batch_size, config.num), shape)
+    network.prepare(batch_size, shape)
+    if not speak:
+        return
     if config.compile and "compile" not in network.off:
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     if "compile" in network.off:
@@ -181,9 +206,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UsageError(f"out is {str(out)!r}: it cannot be read ({error.strerror})") from None
 
 
-def _record(
-    config: SampleConfig, run, clip: bool, seconds: float, off: dict[str, str]
-) -> dict:
+def _record(config: SampleConfig, run, clip: bool, seconds: float, made: dict) -> dict:
     """What made these samples, for sample.json."""
     from robustdm.training.rundir import provenance
 
@@ -197,7 +220,7 @@ def _record(
         "shape": list(run.shape),
         "seconds": round(seconds, 3),
         "img_per_s": config.num / seconds,
-        "off": off,
+        **made,
         "provenance": provenance(),
     }
 

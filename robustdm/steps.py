@@ -70,13 +70,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_steps(config: StepsConfig) -> dict:
     """Sample every run with every sampler and number of steps; print, write, return.
 
+    Started by torchrun, each process draws its part of the samples, and rank 0 writes.
+
     Returns:
-        What steps.json holds.
+        What steps.json holds; empty on other ranks than 0.
 
     Raises:
         UsageError: for a wrong run or setting.
         RunError: if sampling fails.
     """
+    from robustdm.distributed import join
+
+    with join(config.device) as ranks:
+        return _measure_steps(config, ranks)
+
+
+def _measure_steps(config: StepsConfig, ranks) -> dict:
     from robustdm.comparison import Comparison, open_runs
     from robustdm.sampling import timesteps
     from robustdm.training.trainer import resolve_device
@@ -85,14 +94,14 @@ def measure_steps(config: StepsConfig) -> dict:
         if not getattr(config, name):
             raise UsageError(f"{name} is empty: give one or more")
     device = resolve_device(config.device)
-    generators = open_runs(config.runs, device, config.ema)
+    generators = open_runs(config.runs, device, config.ema, ranks)
     ways = [(sampler, spacing, steps) for sampler in dict.fromkeys(config.samplers)
             for spacing in dict.fromkeys(config.spacings)
             for steps in sorted(dict.fromkeys(config.steps))]
     for generator in generators.values():  # before the first sample: the last way may be wrong
         for _, spacing, steps in ways:
             timesteps(generator.schedule, steps, spacing)
-    compared = Comparison(config, device)
+    compared = Comparison(config, device, ranks)
     for name, generator in generators.items():
         for sampler, spacing, steps in ways:
             kind = sampler if len(config.spacings) == 1 else f"{sampler} {spacing}"
@@ -101,6 +110,8 @@ def measure_steps(config: StepsConfig) -> dict:
                          {"kind": kind, "sampler": sampler, "spacing": spacing, "steps": steps},
                          f"[{len(compared.rows) + 1}/{len(generators) * len(ways)}] {name}, {what}",
                          sampler=sampler, steps=steps, spacing=spacing, variance=config.variance)
+    if not ranks.main:
+        return {}
     record = compared.record()
     print(compared.table())
     compared.write(

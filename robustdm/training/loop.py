@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -18,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from robustdm import images
+from robustdm import __version__, images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
-from robustdm.distributed import Ranks, job, join, restarts
-from robustdm.errors import RunError, UsageError
+from robustdm.distributed import Ranks, join, supervised
+from robustdm.errors import PeerError, RunError, UsageError
 from robustdm.models import lora
 from robustdm.pipeline import replacing, save_pipeline
 from robustdm.pretrained import settle
@@ -92,7 +93,8 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     Source: Briglia et al. 2026, Algorithm 1.
     """
     try:
-        with join(config.device, config.rank_timeout) as ranks:
+        with join(config.device, config.rank_timeout,
+                  "checkpoints are as they were, go on with --resume") as ranks:
             return _train(config, progress_mode if ranks.main else "off", ranks)
     except RuntimeError as error:
         if isinstance(error, RunError):
@@ -104,7 +106,7 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
             ) from error
         if not is_out_of_memory(error):
             raise
-        finer = finer_pieces(config)
+        finer = finer_pieces(config, int(os.environ.get("WORLD_SIZE", 1)))
         remedy = f"try --accumulate {finer[0]}, which gives the same result with less memory" if (
             finer) else "use a smaller network or a larger machine"
         raise RunError(
@@ -119,11 +121,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
-    if restarts() and _read_json(config.out / "run.json").get("job") == job():
-        config = replace(config, resume=True)  # this job had begun the run: it goes on
+    begun = f"begun{config.out.absolute()}"
+    if ranks.recall(begun):  # this job has begun the run, before it failed: it goes on
+        config = replace(config, resume=True)
     with ranks.together():
         config = settle(config)
         check_parts(config, ranks.size)
+    check_same_configuration(config, ranks)
+    with ranks.together():
         if ranks.main:  # before the data, which may take minutes
             check_use(config.out, config, config.resume)
     with ranks.together():
@@ -132,7 +137,7 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
             keep_freed_memory()
         estimate = estimate_bytes(config, trainer.data.shape, ranks.size)
         plan = describe(trainer, estimate)
-        tight = check_fits(config, estimate, available_bytes(trainer.device))
+        tight = check_fits(config, estimate, available_bytes(trainer.device), ranks.size)
         if tight:
             plan += f"\nwarning: {tight}"
     ranks.same("the training data", trainer.data.identity())
@@ -153,8 +158,7 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
             checkpoint = load_newest(config.out / "checkpoints") if config.resume else None
             if checkpoint is not None:
                 trainer.restore(checkpoint)
-            elif run is not None:
-                trainer.keep_origin(run.checkpoints)
+            new = checkpoint is None
             del checkpoint
             if trainer.step >= config.steps and _finished_step(config.out) == trainer.step:
                 raise UsageError(
@@ -162,30 +166,47 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
                     "extend it"
                 )
         trainer.check_ranks()
-        if run is not None:
-            run.truncate_metrics(trainer.step)
-            run.record(
-                config,
-                data=trainer.data.identity(),
-                parameters=trainer.parameters,
-                trained=trainer.trained,
-                memory_estimate=estimate,
-                ranks=ranks.size,
-                job=job(),
-            )
         progress = open_things.enter_context(
             Progress(config.steps, trainer.step, config.batch_size, mode=progress_mode)
         )
-        if run is not None:
-            progress.message(plan)
-            if config.resume:
-                progress.message(f"continuing {config.out} after step {trainer.step}")
-        session = _Session(trainer, run, signals, progress)
-        try:
-            with ranks.watched():
-                return session.run()
-        finally:
-            session.close()
+        with ranks.together():
+            if run is not None:
+                run.truncate_metrics(trainer.step)
+                run.record(
+                    config,
+                    data=trainer.data.identity(),
+                    parameters=trainer.parameters,
+                    trained=trainer.trained,
+                    memory_estimate=estimate,
+                    ranks=ranks.size,
+                )
+                ranks.remember(begun)
+                if new:
+                    trainer.keep_origin(run.checkpoints)
+                progress.message(plan)
+                if config.resume:
+                    progress.message(f"continuing {config.out} after step {trainer.step}")
+            session = _Session(trainer, run, signals, progress)
+            open_things.callback(session.close)
+            session.write_first()
+        with ranks.watched():
+            return session.run()
+
+
+def check_same_configuration(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise a UsageError, on other ranks than 0 a PeerError, unless all ranks were told the same,
+    but for paths, and have the same versions."""
+    fields = config.to_dict() | {"version of robustdm": __version__,
+                                 "version of torch": torch.__version__}
+    for path in ("out", "data_dir", "corrupt_with", "init_from", "config"):
+        del fields[path]
+    found = ranks.exchange(fields)
+    for rank, other in enumerate(found):
+        for name, value in found[0].items():
+            if other.get(name) != value:
+                raise (UsageError if ranks.main else PeerError)(
+                    f"{name} is {value!r} on rank 0 and {other.get(name)!r} on rank {rank}: start "
+                    "all ranks with the same command and the same versions")
 
 
 def check_parts(config: TrainConfig, ranks: int) -> None:
@@ -234,7 +255,7 @@ class _Session:
         self.started = time.monotonic()
         self.before = trainer.elapsed
         self.first_step = trainer.step
-        self.saved = self.started
+        self.saved, self.saved_step = self.started, trainer.step
         self.compile_s: float | None = None
         self.waited = 0.0
         self.logged = self.started
@@ -254,13 +275,16 @@ class _Session:
             self.loggers.close()
             self._write_quarantine()
 
-    def run(self) -> Result:
-        trainer, config, every = self.trainer, self.config, self.config.log_every
+    def write_first(self) -> None:
+        """What can be written before the first step."""
         if self.run_dir is not None:
-            for path, reason in trainer.data.quarantine[:3]:
+            for path, reason in self.trainer.data.quarantine[:3]:
                 self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
             self._write_quarantine()
             self._write_reference()
+
+    def run(self) -> Result:
+        trainer, config, every = self.trainer, self.config, self.config.log_every
         stream = batches(trainer.data, config, trainer.step, trainer.device, self.ranks)
         alone = self.ranks.size == 1
         if config.compile and trainer.step < config.steps and not (
@@ -307,7 +331,8 @@ class _Session:
                 result.summary = self._finish(complete=stopped is None)
             except _Interrupted:
                 result.stopped = self.stop_signal.name
-        result.exit_code = exit_code(self.stop_signal or self.signals.received)
+        if not supervised():  # else the run that was to stop would be started again
+            result.exit_code = exit_code(self.stop_signal or self.signals.received)
         return result
 
     def _wishes(self) -> set:
@@ -341,7 +366,8 @@ class _Session:
             stopped = f"--stop-after {config.stop_after}"
         elif "stop" in known:
             stopped = f"--max-time {config.max_time}"
-        return stopped, "save" in known
+        # The wish of the step after a save was made before it.
+        return stopped, "save" in known and self.saved_step != self.trainer.step - 1
 
     def _sample(self, sampler: str, steps: int) -> Tensor | None:
         """Samples for a preview or the report; a signal ends them between two steps.
@@ -519,6 +545,8 @@ class _Session:
 
     def _save(self, required: bool) -> None:
         trainer = self.trainer
+        # However it ends: where there is no room now, there is none in the next step.
+        self.saved, self.saved_step = time.monotonic(), trainer.step
         trainer.check_ranks()
         with self.ranks.together():
             trainer.check_finite()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -74,17 +75,23 @@ def estimate_bytes(
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new process may take on a device; None where that cannot be told."""
+    """Memory that a new process may take on a device; None where that cannot be told.
+
+    The ranks on one machine share its host memory evenly.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
+                return 1024 * int(line.split()[1]) // ranks
     return None
 
 
-def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | None) -> str | None:
+def check_fits(
+    config: TrainConfig, estimate: dict[str, int], available: int | None, ranks: int = 1
+) -> str | None:
     """Compare an estimate with the memory there is.
 
     Returns:
@@ -100,7 +107,7 @@ def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | N
     text = f"batch_size is {config.batch_size}: a step needs about {need}, but {free} are free"
     room = available - estimate["weights"]
     whole = estimate["activations"] * config.accumulate
-    fitting = [n for n in finer_pieces(config) if whole / n <= room]
+    fitting = [n for n in finer_pieces(config, ranks) if whole / n <= room]
     remedy = f"--accumulate {fitting[0]} gives the same result in less" if fitting else (
         "use a smaller network or a larger machine")
     largest = int(config.batch_size * room / whole) if room > 0 else 0
@@ -111,8 +118,9 @@ def check_fits(config: TrainConfig, estimate: dict[str, int], available: int | N
     return f"{text}; if memory runs out, {remedy}"
 
 
-def finer_pieces(config: TrainConfig) -> list[int]:
-    """The values of ``accumulate`` above the present one that divide the batch, lowest first."""
-    size = config.batch_size
+def finer_pieces(config: TrainConfig, ranks: int = 1) -> list[int]:
+    """The values of ``accumulate`` above the present one that divide a rank's part of the batch,
+    lowest first."""
+    size = config.batch_size // ranks
     low = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
     return [n for n in sorted({*low, *(size // n for n in low)}) if n > config.accumulate]

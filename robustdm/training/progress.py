@@ -170,16 +170,22 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def sampling_progress(num: int, what: str = "") -> Iterator[Callable[[int, int], None]]:
+def sampling_progress(
+    num: int, what: str = "", shown: bool = True
+) -> Iterator[Callable[[int, int], None]]:
     """Progress of making samples: a bar on a terminal, a plain line now and then elsewhere.
 
     Args:
         num: samples to make.
         what: said first, where several sets are made.
+        shown: False shows nothing.
 
     Yields:
         report(done, total), in sample-steps.
     """
+    if not shown:
+        yield lambda done, total: None
+        return
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 

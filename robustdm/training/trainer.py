@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustdm import ops, random, sharded
 from robustdm.data import Data, load_data
 from robustdm.device import to_device, to_host
-from robustdm.distributed import ALONE, Ranks, whole
+from robustdm.distributed import ALONE, Ranks, bits, whole
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import RunError, UsageError
 from robustdm.inference import fast_network
@@ -221,7 +221,9 @@ class Trainer:
         """
         piece, *others = self._laid_out(x0).chunk(self.config.accumulate)
         for regularised in kinds:
-            self._piece(piece, self._key(PROBE_STEP), 0, regularised, len(piece) / len(x0))
+            # The scale is a constant of what is compiled: that of training.
+            scale = len(piece) / (len(x0) * self.ranks.size)
+            self._piece(piece, self._key(PROBE_STEP), 0, regularised, scale)
 
     def use_cuda_graph(self, warn: Callable[[str], None]) -> None:
         """Replay steps as CUDA graphs from now on; ``warn`` is told why, where that cannot be."""
@@ -408,13 +410,12 @@ class Trainer:
         """Raise a RunError unless all ranks are at the same step with the same weights, bit for
         bit; where these lie in parts, unless those that the ranks began with were the same."""
         if self.ranks.size > 1:
-            self.ranks.same("the step and the sum of the weights' bits",
+            self.ranks.same("the step and the bits of the weights",
                             (self.step, self._began if self.sharded else self._bits()))
 
     def _bits(self) -> int:
-        words = [p.detach().view(torch.int32).sum(dtype=torch.int64)
-                 for p in (*self.model.parameters(), *self.emas[0].model.parameters())]
-        return torch.stack(words).sum().item()
+        networks = (self.model, *(ema.model for ema in self.emas))
+        return bits(p for network in networks for p in network.parameters())
 
     # Checkpoints.
 
@@ -505,13 +506,14 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """``auto`` is CUDA where there is one, and CUDA without a number is this process's GPU: other
+    threads would take it for the first.
 
     Raises:
         UsageError: for a device that does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -522,6 +524,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UsageError(f"device is {name!r}, but {count} CUDA devices are here: use cpu")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
