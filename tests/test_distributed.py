@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
 
-from robustdm.data import batches
+from robustdm.data import batches, load_data
 from robustdm.data.base import TensorData
 from robustdm.data.streamed import StreamedImages
-from robustdm.distributed import ALONE, Ranks, join
+from robustdm.distributed import ALONE, Ranks, _meet, bits, join
 from robustdm.errors import RunError, UsageError
-from robustdm.training.checkpoint import list_checkpoints, load_newest
+from robustdm.training import loop, trainer
+from robustdm.training.checkpoint import CheckpointError, list_checkpoints, load_newest
 from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.loop import train
 from robustdm.training.rundir import RunDir
@@ -327,8 +330,13 @@ def test_only_rank_0_writes(tmp_path):
     assert [r[3] for r in results] == [True, False]
 
 
-def other_data(rank, config):
+def other_configuration(rank, config):
     return go(rank, replace(config, num_points=200 + rank))
+
+
+def other_data(rank, config):
+    trainer.load_data = lambda config: load_data(replace(config, num_points=200 + rank))
+    return go(rank, config)
 
 
 def other_weights(rank, config):
@@ -344,6 +352,43 @@ def other_weights(rank, config):
     return go(rank, config)
 
 
+def no_record(rank, config):
+    def record(*_, **__):
+        raise RunError("no room for the record")
+
+    RunDir.record = record
+    return go(rank, config)
+
+
+def late_wishes(rank, config):
+    """As on a GPU, where a wish is known a step later."""
+    real = loop._Session._decide
+    loop._Session._decide = lambda self, at_once: real(self, False)
+    go(rank, config)
+    return [step for step, _ in list_checkpoints(config.out / "checkpoints")]
+
+
+def test_a_wish_to_save_is_granted_once(tmp_path):
+    config = tiny(tmp_path / "run", steps=12, checkpoint_every=0, checkpoint_minutes=1e-9,
+                  keep_last=20)
+    saved, _ = ranks.run(2, late_wishes, config)
+    assert saved == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_full_disk_is_tried_again_when_the_next_save_is_due(tmp_path, monkeypatch):
+    def full(*_):
+        tries.append(1)
+        raise CheckpointError("no room")
+
+    tries, clock = [], itertools.count()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(clock)))  # a second a look
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(CheckpointError):  # the last one has to succeed
+        go(0, tiny(tmp_path / "run", steps=40, checkpoint_every=0, checkpoint_minutes=0.5,
+                   sample_every=0, log_every=40))
+    assert 2 < len(tries) < 14
+
+
 def full_disk(rank, config):
     import robustdm.training.checkpoint as checkpoint
 
@@ -357,8 +402,10 @@ def full_disk(rank, config):
 @pytest.mark.parametrize("function, changes, expected", [
     (go, dict(batch_size=25), "UsageError: batch_size is 25: it is that of all 2 ranks"),
     (go, dict(out="a file"), "UsageError: out is"),
+    (other_configuration, {}, "UsageError: num_points is 200 on rank 0 and 201 on rank 1"),
+    (no_record, {}, "RunError: no room for the record"),
     (other_data, {}, "RunError: the training data differs between ranks"),
-    (other_weights, {}, "RunError: the step and the sum of the weights' bits differs"),
+    (other_weights, {}, "RunError: the step and the bits of the weights differs"),
     (full_disk, {}, "CheckpointError: the checkpoint of step 6 was not written"),
 ])
 def test_where_one_rank_fails_all_do(tmp_path, function, changes, expected):
@@ -391,17 +438,87 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert 2.5 < seconds < 30, "three seconds of patience, three of roll call"
 
 
+def launched(monkeypatch):
+    """A launcher's store, which is there as long as it is held."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, RANK=0, WORLD_SIZE=1,
+                            TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RUN_ID="none").items():
+        monkeypatch.setenv(name, str(value))
+    return store
+
+
 def test_only_the_job_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
     config = tiny(tmp_path / "run")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    mine = launched(monkeypatch)
     go(0, replace(config, stop_after=3))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for other in ("other", "none"):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
-        with pytest.raises(UsageError, match="it holds a run; add --resume"):
-            go(0, config)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    port = os.environ["MASTER_PORT"]
+    other = launched(monkeypatch)
+    with pytest.raises(UsageError, match="it holds a run; add --resume"):
+        go(0, config)
+    monkeypatch.setenv("MASTER_PORT", port)
     assert go(0, config)[0] == 6
+    assert mine.port != other.port
+
+
+def test_a_stop_that_is_saved_is_no_failure_to_a_launcher_that_restarts(tmp_path, monkeypatch):
+    def interrupt(self, x0, wishes=()):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, x0, wishes)
+
+    real = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    assert go(0, tiny(tmp_path / "alone"))[1:3] == ("SIGUSR1", 138)
+    store = launched(monkeypatch)
+    assert go(0, tiny(tmp_path / "run"))[1:3] == ("SIGUSR1", 0)
+    del store
+
+
+def test_ranks_meet_anew_in_every_attempt():
+    def client():
+        return dist.TCPStore("127.0.0.1", server.port, is_master=False)
+
+    server, limit, met = dist.TCPStore("127.0.0.1", 0, is_master=True), timedelta(seconds=20), []
+    for attempt in range(2):
+        found = [None, None]
+
+        def join_as(rank, found=found):
+            found[rank] = _meet(client(), rank, 2, limit)
+
+        threads = [Thread(target=join_as, args=(rank,)) for rank in range(2)]
+        for thread in threads[:: 1 - 2 * attempt]:  # the other way round
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0].prefix == found[1].prefix and found[0].prefix not in met
+        met.append(found[0].prefix)
+    with pytest.raises(RuntimeError, match="rank 1 is not there"):  # who greeted is gone
+        _meet(client(), 0, 2, timedelta(seconds=0.2))
+
+
+def test_bits_tell_tensors_apart():
+    one, up = torch.ones(3), torch.tensor([1.0, 1.0 + 2**-23, 1.0])
+    both = torch.tensor([1.0 + 2**-23, 1.0 - 2**-24, 1.0])
+    found = [bits(t) for t in ([one], [up], [up.flip(0)], [up.roll(1)], [both], [one, up],
+                               [up, one], [one[:2], one[:1]])]
+    assert bits([one.clone()]) == found[0] and len(set(found[:-1])) == len(found) - 1
+
+
+def scales(rank, config):
+    """What a piece's gradients are multiplied by, in what is compiled and in training."""
+    with join("cpu", 0.5) as found:
+        one = trainer.Trainer(config, ranks=found)
+        x0 = next(batches(one.data, config, 0, "cpu", found))[0]
+        used, real = [], one.gradient_step
+        one.gradient_step = lambda *given: used.append(given[-1]) or real(*given)
+        one.gradient_step.compiled = False
+        one.probe(x0, [True])
+        one.train_step(x0)
+        return used
+
+
+def test_what_is_compiled_is_what_training_computes(tmp_path):
+    for used in ranks.run(2, scales, tiny(tmp_path / "run", accumulate=2)):
+        assert used == [0.25] * 3
 
 
 # The launcher.
