@@ -76,7 +76,7 @@ class Ranks:
         the time or more, batches are smaller, so that there are enough for all.
         """
         shares = self._shares(count, batch_size)
-        if max(map(len, shares)) * self.size > _UNEVEN * count:
+        if max(map(len, shares)) > _UNEVEN * -(-count // self.size):
             turns = -(-count // (self.size * batch_size))
             batch_size = -(-count // (self.size * turns))
             shares = self._shares(count, batch_size)
@@ -176,13 +176,15 @@ class Ranks:
             return made if self.main else make()
 
     def same(self, what: str, value) -> None:
-        """Raise a RunError unless the value is the same on every rank."""
+        """Raise a RunError, on other ranks than 0 a PeerError, unless the value is the same on all.
+        """
         values = self.exchange(value)
         other = next((r for r, v in enumerate(values) if v != values[0]), None)
         if other is not None:
-            raise RunError(f"{what} differs between ranks: {values[0]!r} on rank 0, "
-                           f"{values[other]!r} on rank {other}; every rank has to see the same "
-                           "files, and the same versions of everything")
+            raise (RunError if self.main else PeerError)(
+                f"{what} differs between ranks: {values[0]!r} on rank 0, {values[other]!r} on rank "
+                f"{other}; every rank has to see the same files, and the same versions of "
+                "everything")
 
     def same_weights(self, what: str, weights: Iterable[Tensor], *others) -> None:
         """Raise a RunError unless weights, and other values, are the same on every rank."""
@@ -237,7 +239,7 @@ class Ranks:
             told, looked = done, time.monotonic()
             if total > before:
                 moved = looked
-            if show:
+            if show and total:
                 show(total, work)
 
         def report(mine: int, *_) -> None:
