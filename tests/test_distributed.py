@@ -477,7 +477,7 @@ def test_ranks_meet_anew_in_every_attempt():
     def client():
         return dist.TCPStore("127.0.0.1", server.port, is_master=False)
 
-    server, limit, met = dist.TCPStore("127.0.0.1", 0, is_master=True), timedelta(seconds=20), []
+    server, limit = dist.TCPStore("127.0.0.1", 0, is_master=True), timedelta(seconds=20)
     for attempt in range(2):
         found = [None, None]
 
@@ -489,8 +489,9 @@ def test_ranks_meet_anew_in_every_attempt():
             thread.start()
         for thread in threads:
             thread.join()
-        assert found[0].prefix == found[1].prefix and found[0].prefix not in met
-        met.append(found[0].prefix)
+        assert not found[0].check(["address"])
+        found[0].set("address", str(attempt))
+        assert found[1].get("address") == str(attempt).encode()
     with pytest.raises(RuntimeError, match="rank 1 is not there"):  # who greeted is gone
         _meet(client(), 0, 2, timedelta(seconds=0.2))
 
@@ -498,9 +499,8 @@ def test_ranks_meet_anew_in_every_attempt():
 def test_bits_tell_tensors_apart():
     one, up = torch.ones(3), torch.tensor([1.0, 1.0 + 2**-23, 1.0])
     both = torch.tensor([1.0 + 2**-23, 1.0 - 2**-24, 1.0])
-    found = [bits(t) for t in ([one], [up], [up.flip(0)], [up.roll(1)], [both], [one, up],
-                               [up, one], [one[:2], one[:1]])]
-    assert bits([one.clone()]) == found[0] and len(set(found[:-1])) == len(found) - 1
+    found = [bits(t) for t in ([one], [up], [up.roll(1)], [both], [one, up], [up, one])]
+    assert bits([one.clone()]) == found[0] and len(set(found)) == len(found)
 
 
 def scales(rank, config):
