@@ -1,6 +1,7 @@
 """``python benchmarks/run.py --suite kernels|cpu``: time every fused op against plain torch;
 ``--suite sampling``: draw samples, against diffusers; ``--suite step``: whole training steps,
-against a loop like the paper's; ``--suite evaluation``: measuring samples.
+against a loop like the paper's; ``--suite evaluation``: measuring samples; ``--suite scaling``: two
+ranks on this CPU against one.
 
 Every provider is checked first: no speed is printed for a wrong result, and the exit code is 1.
 benchmarks/README.md explains the columns.
@@ -27,6 +28,7 @@ import evaluation
 import network
 import report
 import sampling
+import scaling
 import step
 import torch
 import tyro
@@ -45,16 +47,17 @@ COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range
 TINY_COPY = [2**20]
 # Suites that time whole programs: modules with names(config, device), run(config, device, head),
 # which returns the record, print_record(record) and failures(record).
-PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation}
+PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation, "scaling": scaling}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Time the fused ops against eager torch, torch.compile and each other, or whole programs."""
 
-    suite: Literal["kernels", "cpu", "sampling", "step", "evaluation"]
+    suite: Literal["kernels", "cpu", "sampling", "step", "evaluation", "scaling"]
     """kernels: on the GPU if there is one, else on the CPU; cpu: on the CPU; sampling: drawing
-    samples, step: training steps, evaluation: measuring samples, where kernels runs."""
+    samples, step: training steps, evaluation: measuring samples, where kernels runs; scaling: two
+    ranks, on the CPU."""
     model: str | None = None
     """sampling: tiny (6.5 M weights, the default), or a preset for images: digits, cifar10 ...;
     step: tiny, digits, cifar, celeba64 or lsun256 (by default tiny, on a GPU cifar)."""
@@ -71,7 +74,8 @@ class BenchmarkConfig:
     repeats: int = 15
     """Samples of each provider at most; slow ones get fewer, to stay within the time."""
     minutes: float | None = None
-    """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5, step: 8 and 15).
+    """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5, step: 8 and 15,
+    scaling: 4).
     More time compiles more cases."""
     out: Path | None = None
     """Write the record, JSON, to this file."""
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(BenchmarkConfig, args=argv, prog="python benchmarks/run.py")
     if config.repeats < 1:
         raise UsageError(f"repeats is {config.repeats}: it must be at least 1")
-    gpu = config.suite != "cpu" and torch.cuda.is_available()
+    gpu = config.suite not in ("cpu", "scaling") and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if config.suite in PROGRAMS:
         return run_program(PROGRAMS[config.suite], device, config, argv)

@@ -22,6 +22,7 @@ import network  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import sampling  # noqa: E402
+import scaling  # noqa: E402
 import timing  # noqa: E402
 from case import against, looks_like  # noqa: E402
 from measure import Budget, measure  # noqa: E402
@@ -237,6 +238,37 @@ def test_the_record_of_evaluation(tmp_path, capsys, monkeypatch):
     assert "features differ by 1" in capsys.readouterr().out
     with pytest.raises(UsageError, match="model is 'tiny'"):
         run.main(["--suite", "evaluation", "--model", "tiny"])
+
+
+def test_the_record_of_scaling(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    small = ["--suite", "scaling", "--tiny", "--repeats", "1", "--minutes", "0.001"]
+    assert run.main([*small, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["schema"] == scaling.SCHEMA and record["ranks"] == 2 and record["cpu"]
+    (row,) = record["steps"]
+    assert row["all_reduces"] == 1 and row["bytes"] == 4 * (row["parameters"] + 6)
+    assert all(row[mode]["samples"] == 1 and row[mode]["ms"] > 0
+               for mode in ("alone", "beside", "together", "all_reduce"))
+    for mode in ("alone", "beside"):
+        ms = row[mode]["ms"]
+        assert row[f"predicted_{mode}"] == pytest.approx(ms / (ms + row["fitted_ms"]))
+        assert row[f"measured_{mode}"] == pytest.approx(ms / row["together"]["ms"])
+    for size in record["all_reduce"]:  # each of two ranks sends all of it, in packets
+        assert size["sent"] is None or size["sent"] > 2 * size["bytes"]
+    assert "of 2 ranks" in capsys.readouterr().out
+    # A second all-reduce, or one of more, must show.
+    for change in (dict(all_reduces=2), dict(bytes=row["bytes"] + 4)):
+        assert scaling.failures({"steps": [row | change]})
+    with pytest.raises(UsageError, match="batch is 4"):
+        run.main([*small, "--batch", "4"])
+
+
+def test_latency_and_bandwidth_are_found():
+    sizes = [4**k for k in range(6, 14)]
+    found = scaling.fit(sizes, [0.3 + s / 2e6 for s in sizes])
+    assert found == pytest.approx({"latency_ms": 0.3, "gb_s": 2.0, "error": 0.0}, abs=1e-9)
+    assert scaling.fit([1000, 2000, 3000], [1.0, 2.0, 4.0])["error"] > 0.05
 
 
 def _shifted(made):

@@ -1,0 +1,279 @@
+"""``--suite scaling``: what two ranks on this CPU can say of the scaling table in docs/training.md.
+
+- the flat all-reduce of a step against its size, and latency and bandwidth fitted to it;
+- training steps, the same batch a rank: by one rank while the other waits ("alone"), by both
+  without a word ("beside"), and by both as one step ("together"), with the all-reduces and bytes of
+  a step counted;
+- so the efficiency that the table's formula, t / (t + all-reduce), predicts, and the measured one.
+
+Both ranks have one thread. Samples are taken in rounds of random order, ratios within a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from step import Options, Task
+from timing import spread
+
+from robustdm.data import batches
+from robustdm.distributed import ALONE, Ranks, join
+from robustdm.errors import RunError, UsageError
+from robustdm.training.trainer import WISHES, Trainer
+
+SCHEMA = "robustdm-scaling-1"
+MINUTES = 4.0
+RANKS = 2
+SIZES = [4**k for k in range(6, 14)]  # bytes, 4 KiB to 64 MiB
+TASKS = [("digits", 4), ("digits", 32), ("tiny", 1), ("tiny", 4)]  # network, batch of a rank
+FEWEST = 3  # rounds, whatever the time
+
+
+def names(config, device: torch.device) -> list[str]:
+    """What ``--list`` prints."""
+    return ["all-reduce", *(f"{model}, batch {batch} a rank" for model, batch in TASKS)]
+
+
+def run(config, device: torch.device, head: dict) -> dict:
+    """Measure; see the module.
+
+    Args:
+        config: a ``BenchmarkConfig``.
+        head: what the record begins with.
+
+    Returns:
+        The record, JSON-able.
+
+    Raises:
+        UsageError: for an option of the other suites.
+        RunError: if a rank is lost.
+    """
+    for field in ("model", "batch", "steps"):
+        if getattr(config, field) is not None:
+            raise UsageError(f"{field} is {getattr(config, field)!r}: the suite scaling has none; "
+                             "leave it out")
+    begin = time.perf_counter()
+    seconds = 60 * (config.minutes or MINUTES)
+    record = {"schema": SCHEMA, **head, "tiny": config.tiny, "ranks": RANKS,
+              "threads_a_rank": 1, "backend": "gloo", **_on_ranks(config, seconds)}
+    sizes = record["all_reduce"]
+    record["fit"] = fit([s["bytes"] for s in sizes], [s["ms"] for s in sizes])
+    for row in record["steps"]:
+        row["fitted_ms"] = record["fit"]["latency_ms"] + (
+            row["bytes"] / record["fit"]["gb_s"] / 1e6)
+        for mode in ("alone", "beside"):
+            row[f"predicted_{mode}"] = row[mode]["ms"] / (row[mode]["ms"] + row["fitted_ms"])
+    record["load_after"] = os.getloadavg()[0]
+    record["seconds"] = time.perf_counter() - begin
+    return record
+
+
+def fit(sizes: list[int], ms: list[float]) -> dict[str, float]:
+    """Latency and bandwidth of t = latency + bytes / bandwidth, by least squares of the relative
+    errors, and the largest of those."""
+    sizes, ms = np.array(sizes, float), np.array(ms)
+    (latency, slope), *_ = np.linalg.lstsq(
+        np.stack([1 / ms, sizes / ms], 1), np.ones(len(ms)), rcond=None)
+    return {"latency_ms": float(latency), "gb_s": float(1e-6 / slope),
+            "error": float(np.abs((latency + slope * sizes) / ms - 1).max())}
+
+
+def _on_ranks(config, seconds: float) -> dict:
+    """What `_measure` returns on rank 0, of processes forked for it."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    ours, theirs = context.Pipe()
+    processes = [context.Process(target=_rank, args=(rank, port, theirs, config, seconds))
+                 for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise RunError("a rank has ended early: its error stands above") from None
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def _rank(rank: int, port: int, end, config, seconds: float) -> None:
+    torch.set_num_threads(1)  # a forked OpenMP has no other
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join("cpu", 5) as ranks:
+        found = _measure(ranks, config, seconds)
+        if ranks.main:
+            end.send(found)
+    end.close()
+
+
+def _measure(ranks: Ranks, config, seconds: float) -> dict:
+    sizes = SIZES[:2] if config.tiny else SIZES
+    tasks = [("digits", 4)] if config.tiny else TASKS
+    share = seconds / (len(tasks) + 1)
+    flats = {size: torch.ones(size // 4) for size in sizes}
+    times = _rounds(ranks, config.repeats, share, {
+        size: _repeated(ranks, flat) for size, flat in flats.items()})
+    reduced = [{"bytes": size, **spread(times[size]), "sent": _sent(ranks, flats[size])}
+               for size in sizes]
+    return {"all_reduce": reduced,
+            "steps": [_steps(ranks, config, *task, share) for task in tasks]}
+
+
+def _repeated(ranks: Ranks, flat: torch.Tensor) -> Callable[[], float]:
+    """Milliseconds of one of several all-reduces in a row, copies included as in a step."""
+    count = max(1, min(20, 2**22 // flat.nbytes))
+
+    def sample() -> float:
+        begin = time.perf_counter()
+        for _ in range(count):
+            ranks.all_sum([flat])
+        return 1e3 * (time.perf_counter() - begin) / count
+
+    return sample
+
+
+def _sent(ranks: Ranks, flat: torch.Tensor) -> int | None:
+    """Bytes that both ranks put on the loopback device for one all-reduce, others' included: so the
+    least of five; None where the system does not tell."""
+    def counted() -> int:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+        return int(next(x for x in lines if x.strip().startswith("lo:")).split(":")[1].split()[8])
+
+    found = []
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        for _ in range(5):
+            ranks.exchange(0)
+            before = counted()
+            ranks.all_sum([flat])
+            ranks.exchange(0)
+            found.append(counted() - before)
+    return min(found, default=None)
+
+
+def _rounds(
+    ranks: Ranks, repeats: int, seconds: float, samples: dict
+) -> dict[object, list[float]]:
+    """Samples of each kind, in ms, the slower rank's: ``repeats`` rounds in random order, or as
+    many as there is time for."""
+    order, times = random.Random(0), {key: [] for key in samples}
+    end = time.monotonic() + seconds
+    for done in range(-1, repeats):  # the first is the warm-up
+        if ranks.exchange(done >= FEWEST and time.monotonic() > end)[0]:
+            break
+        for key in order.sample(list(samples), len(samples)):
+            ranks.exchange(0)
+            slowest = max(ranks.exchange(samples[key]()))
+            if done >= 0:
+                times[key].append(slowest)
+    return times
+
+
+def _steps(ranks: Ranks, config, model: str, batch: int, seconds: float) -> dict:
+    """Steps of one network: alone, beside each other, and together."""
+    solo = Task(model, batch, "cpu", config.tiny)
+    pair = replace(solo, batch=RANKS * batch)
+    trainers = [Trainer(task.config(Options()), task.data(task.config(Options())), ranks=found)
+                for task, found in ((solo, ALONE), (pair, ranks))]
+    one, both = ((trainer, next(batches(trainer.data, trainer.config, 0, trainer.device,
+                                        trainer.ranks))[0]) for trainer in trainers)
+
+    def timed(trainer: Trainer, x0) -> float:
+        begin = time.perf_counter()
+        trainer.train_step(x0)
+        return 1e3 * (time.perf_counter() - begin)
+
+    with _counted() as calls:
+        timed(*both)
+    size = sum(calls)
+    times = _rounds(ranks, config.repeats, seconds, {
+        "alone": lambda: timed(*one) if ranks.main else 0.0,
+        "beside": lambda: timed(*one),
+        "together": lambda: timed(*both),
+        "all_reduce": _repeated(ranks, torch.ones(size // 4)),
+    })
+    both[0].check_ranks()
+
+    def ratio(mode: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[mode], times["together"],
+                                                       strict=True))
+
+    return {
+        "name": f"{model}, batch {batch} a rank", "parameters": both[0].parameters,
+        "all_reduces": len(calls), "bytes": size,
+        **{mode: spread(found) for mode, found in times.items()},
+        "measured_alone": ratio("alone"), "measured_beside": ratio("beside"),
+    }
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Bytes of every all-reduce inside."""
+    real, calls = dist.all_reduce, []
+
+    def counting(tensor, *arguments, **names):
+        calls.append(tensor.nbytes)
+        return real(tensor, *arguments, **names)
+
+    dist.all_reduce = counting
+    try:
+        yield calls
+    finally:
+        dist.all_reduce = real
+
+
+def failures(record: dict) -> list[str]:
+    """What was wrong: a step has one all-reduce, of its gradients, its loss and the wishes."""
+    found = []
+    for row in record["steps"]:
+        wanted = 4 * (row["parameters"] + 1 + len(WISHES))
+        if row["all_reduces"] != 1 or row["bytes"] != wanted:
+            found.append(f"{row['name']}: {row['all_reduces']} all-reduces of {row['bytes']} "
+                         f"bytes, not one of {wanted}")
+    return found
+
+
+def print_record(record: dict) -> None:
+    """The numbers, and all that was wrong."""
+    console = Console()
+    fitted = record["fit"]
+    console.print(f"all-reduce of {RANKS} ranks: {fitted['latency_ms']:.3g} ms + bytes / "
+                  f"{fitted['gb_s']:.3g} GB/s, within {fitted['error']:.0%}", highlight=False)
+    for size in record["all_reduce"]:
+        sent = "" if size["sent"] is None else f", {size['sent'] / size['bytes']:.2f} times sent"
+        console.print(f"  {size['bytes']:>10,} B: {size['ms']:.3g} ms "
+                      f"({size['p20']:.3g}-{size['p80']:.3g}){sent}", highlight=False)
+    made = Table(show_edge=False, pad_edge=False)
+    for column in ("step", "MB", "ms alone", "beside", "together", "all-reduce", "fitted",
+                   "/alone", "/beside"):
+        made.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
+    for row in record["steps"]:
+        made.add_row(
+            row["name"].removesuffix(" a rank"), f"{row['bytes'] / 1e6:.3g}",
+            *(f"{row[mode]['ms']:.4g}" for mode in ("alone", "beside", "together", "all_reduce")),
+            f"{row['fitted_ms']:.3g}",
+            *(f"{100 * row[f'measured_{mode}']:.0f} ({100 * row[f'predicted_{mode}']:.0f}) %"
+              for mode in ("alone", "beside")))
+    console.print(made)
+    console.print("/alone, /beside: that time over the one together, in brackets as the formula "
+                  "has it", style="dim", highlight=False)
+    for line in failures(record):
+        console.print(f"[bold red]{line}")
