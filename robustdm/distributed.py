@@ -100,9 +100,13 @@ class Ranks:
         values = self.exchange(value)
         other = next((r for r, v in enumerate(values) if v != values[0]), None)
         if other is not None:
-            raise RunError(f"{what} differs between ranks: {values[0]!r} on rank 0, "
-                           f"{values[other]!r} on rank {other}; every rank has to see the same "
-                           "files, and the same versions of everything")
+            a, b = values[0], values[other]
+            if isinstance(a, dict) and isinstance(b, dict):
+                changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+                a, b = ({key: found.get(key) for key in changed} for found in (a, b))
+            raise RunError(f"{what} differs between ranks: {a!r} on rank 0, {b!r} on rank {other}; "
+                           "every rank has to see the same files, and the same versions of "
+                           "everything")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
