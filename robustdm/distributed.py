@@ -181,10 +181,13 @@ class Ranks:
         values = self.exchange(value)
         other = next((r for r, v in enumerate(values) if v != values[0]), None)
         if other is not None:
+            a, b = values[0], values[other]
+            if isinstance(a, dict) and isinstance(b, dict):
+                changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+                a, b = ({key: found.get(key) for key in changed} for found in (a, b))
             raise (RunError if self.main else PeerError)(
-                f"{what} differs between ranks: {values[0]!r} on rank 0, {values[other]!r} on rank "
-                f"{other}; every rank has to see the same files, and the same versions of "
-                "everything")
+                f"{what} differs between ranks: {a!r} on rank 0, {b!r} on rank {other}; every rank "
+                "has to see the same files, and the same versions of everything")
 
     def same_weights(self, what: str, weights: Iterable[Tensor], *others) -> None:
         """Raise a RunError unless weights, and other values, are the same on every rank."""

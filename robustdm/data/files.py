@@ -207,6 +207,8 @@ def attempt(function: Callable, source: Source, name: str):
         return None, str(error)
     except OSError as error:
         return None, error.strerror or type(error).__name__
+    except Exception as error:  # nobody thought of it: its file is to be named all the same
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def decode_tensor(file: BinaryIO, channels: int, resolution: int, crop: int) -> Tensor:
@@ -365,6 +367,26 @@ class Collate:
             items = positions if self.members is None else self.members[positions]
             batch = self.corruption(batch, items)
         return Decoded(batch, positions, broken)
+
+
+class Packed:
+    """A `Collate` whose tensors become arrays: these travel through a pipe, where tensors take
+    shared memory, of which a container may have little; without room for them a batch never comes.
+    """
+
+    def __init__(self, collate: Collate):
+        self.collate = collate
+
+    def __call__(self, results: list) -> tuple:
+        made = self.collate(results)
+        pixels = None if made.pixels is None else made.pixels.numpy()
+        return pixels, made.positions.numpy(), made.broken
+
+    @staticmethod
+    def unpack(packed: tuple) -> Decoded:
+        pixels, positions, broken = packed
+        pixels = None if pixels is None else torch.from_numpy(pixels)
+        return Decoded(pixels, torch.from_numpy(positions), broken)
 
 
 def start_worker(worker: int) -> None:

@@ -3,6 +3,7 @@ training."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from robustdm.data.files import (
     Collate,
     Decoded,
     Decoder,
+    Packed,
     Pictures,
     check_quarantine,
     decode_all,
@@ -39,7 +41,7 @@ from robustdm.data.files import (
     start_worker,
 )
 from robustdm.device import to_device
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.metrics import spread
 from robustdm.random import shuffled
 
@@ -162,21 +164,21 @@ def decode_in_workers(
         RunError: if reading fails for good.
     """
     loader = torch.utils.data.DataLoader(
-        decoder, batch_sampler=order, num_workers=workers, collate_fn=collate,
+        decoder, batch_sampler=order, num_workers=workers, collate_fn=Packed(collate),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else it would take a number from the global one
     )
-    batches = iter(loader)
-    while True:
-        try:
-            decoded = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RunError(f"reading images of {path} failed: {reason}; --workers 0 reads them in "
-                           "this process") from error
-        yield decoded
+    try:
+        # As many as the loader takes: half made for want of them, it would print a traceback.
+        [multiprocessing.Lock() for _ in range(8 + 3 * workers if workers else 0)]
+        for packed in loader:
+            yield Packed.unpack(packed)
+    except RobustDMError:
+        raise
+    except Exception as error:  # a worker's comes with its traceback: the last line says what
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        raise RunError(f"reading images of {path} failed: {reason.strip()}; go on with --resume, "
+                       "--workers 0 reads them in this process") from error
 
 
 def _data_path(config: TrainConfig) -> Path:

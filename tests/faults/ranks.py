@@ -254,7 +254,7 @@ def _unequal(trial: Trial, number: int) -> Found:
         other = replace(config, **[dict(num_points=121), dict(point_noise_level=1.5), {}, {},
                                    dict(corrupt_sigma=0.3)][number])
     done = Job(2, lambda rank: train(other if rank else config)).wait()
-    said = done[0].last
+    said = done[0].output
     passed = (all(one.code == 1 and one.clean for one in done) and not config.out.exists()
               and "the training data differs between ranks" in said and "on rank 1" in said)
     return Found("unequal data", f"{kind}: rank 1 sees {what}",
