@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, hostile, interruptions
+from . import damage, determinism, disks, hostile, interruptions, pictures
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
@@ -14,6 +14,7 @@ GROUPS = {group.name: group for group in (
     Group("F4", "truncated files", 200, damage.truncate),
     Group("F5", "flipped bits", 200, damage.flip),
     Group("F6", "hostile files", 24, hostile.attack),
+    Group("F7", "odd pictures", 40, pictures.look),
     Group("F13", "determinism", 50, determinism.repeat),
 )}
 
