@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, hostile, interruptions, numbers, ranks, workers
+from . import damage, determinism, disks, hostile, interruptions, numbers, pictures, ranks, workers
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
@@ -17,6 +17,7 @@ GROUPS = {group.name: group for group in (
     Group("F9", "NaN and infinity", 30, numbers.poison),
     Group("F10", "lost ranks", 38, ranks.fail),
     Group("F11", "data workers", 18, workers.fail),
+    Group("F7", "odd pictures", 40, pictures.look),
     Group("F13", "determinism", 50, determinism.repeat),
 )}
 
