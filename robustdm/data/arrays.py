@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustdm.data.decode import convert, fit
 from robustdm.errors import UsageError
+from robustdm.npz import refuse_bombs
 
 _CHANNELS = (1, 3, 4)
 _KEYS = ("images", "samples", "x_train", "x", "data", "arr_0")
@@ -55,6 +56,7 @@ def _read(path: Path) -> np.ndarray:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded as archive:
+        refuse_bombs(archive.zip)
         keys = [key for key in _KEYS if key in archive] or archive.files
         if len(keys) > 1 and keys == archive.files:
             raise UsageError(

@@ -15,6 +15,7 @@ from robustdm.data.cifar import load_cifar
 from robustdm.data.databases import is_hub
 from robustdm.data.files import decode_all, open_pictures, scan
 from robustdm.errors import RunError, UsageError
+from robustdm.npz import refuse_bombs
 
 
 def read_images(path: Path, name: str) -> Tensor:
@@ -73,6 +74,7 @@ def _unclipped(path: Path) -> Tensor | None:
         with np.load(path, allow_pickle=False) as file:
             if file.files != ["samples"]:
                 return None
+            refuse_bombs(file.zip)
             array = file["samples"]
     except Exception:  # load_array says what is wrong
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustdm.errors import UsageError
+from robustdm.npz import refuse_bombs
 
 
 class FeatureStatistics:
@@ -78,6 +79,7 @@ class FeatureStatistics:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
+                refuse_bombs(file.zip)
                 arrays = {key: file[key] for key in ("mu", "sigma", "count") if key in file}
                 if any(array.dtype.kind not in "fiu" for array in arrays.values()):
                     raise ValueError("no numbers")
