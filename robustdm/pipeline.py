@@ -52,6 +52,8 @@ def schedule_from(config: dict) -> NoiseSchedule:
         if not config.get("num_train_timesteps", 0) <= _MAX_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is above {_MAX_TIMESTEPS}")
         scheduler = DDPMScheduler(**config)
+        if scheduler.betas.ndim != 1:
+            raise ValueError("trained_betas is no list of numbers")
     except Exception as error:  # whatever a wrong value meets first
         text = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(

@@ -129,7 +129,9 @@ def _header(run: Run) -> str:
 
 
 def _warnings(run: Run) -> str:
-    lines = [str(text) for text in run.summary.get("warnings") or []] + run.notes
+    told = run.summary.get("warnings")
+    lines = [str(text) for text in told] if isinstance(told, list) else []
+    lines += run.notes
     if not run.finished:
         lines.append(f"The run has not finished: {_steps(run)} steps. The command that continues "
                      "it is below.")
@@ -146,7 +148,7 @@ def _key_numbers(run: Run) -> str:
     parameters = summary.get("parameters", run.provenance.get("parameters"))
     rows = {
         "steps": _steps(run),
-        "time": duration(seconds) if is_number(seconds) else None,
+        "time": duration(seconds) if is_number(seconds) and math.isfinite(seconds) else None,
         "images per second": _num(rate) if is_number(rate) else None,
         "device": summary.get("device", run.provenance.get("device")),
         "parameters": f"{parameters:,}" if is_number(parameters) else None,

@@ -5,7 +5,6 @@ Nothing here needs torch, so a report can be made of a run on any machine, while
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -38,8 +37,10 @@ class Run:
     @property
     def step(self) -> int:
         """Steps done, as far as the files know."""
-        last = self.rows[-1]["step"] if self.rows else 0
-        return int(self.summary.get("step", last))
+        step = self.summary.get("step")
+        if rundir.is_step(step):
+            return step
+        return self.rows[-1]["step"] if self.rows else 0
 
     @property
     def finished(self) -> bool:
@@ -50,8 +51,8 @@ class Run:
     def measures(self) -> dict[str, dict[str, float]]:
         """Measure -> {"samples": ..., "training data": ..., "clean data": ...}."""
         measures: dict[str, dict[str, float]] = {}
-        for place, values in (self.summary.get("measures") or {}).items():
-            for name, value in values.items():
+        for place, values in _mapping(self.summary.get("measures")).items():
+            for name, value in _mapping(values).items():
                 measures.setdefault(name, {})[place] = value
         return measures
 
@@ -102,8 +103,8 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
     rows: dict[int, dict] = {}
     lines = rundir.read_metrics(path)
     for line in lines:
-        if is_number(line.get("step")):
-            rows.setdefault(int(line["step"]), {}).update(line)
+        if rundir.is_step(line.get("step")):
+            rows.setdefault(line["step"], {}).update(line)
     torn = sum(1 for line in path.read_bytes().splitlines() if line.strip()) - len(lines)
     if torn > 0:
         notes.append(f"{torn} unreadable line(s) of metrics.jsonl are left out.")
@@ -122,7 +123,7 @@ def _read_json(path: Path, notes: list[str]) -> dict:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = rundir.parse_json(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("not an object")
         return values
@@ -140,6 +141,10 @@ def _read_npz(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         notes.append(f"samples/{path.name} cannot be read ({type(error).__name__}).")
         return {}
+
+
+def _mapping(value) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:

@@ -14,9 +14,12 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from robustdm.data import batches, load_data
+from robustdm.data.arrays import load_array
 from robustdm.data.decode import BadImage, Header, decode, quiet, read_header
 from robustdm.data.images import ImageFiles, ImageTensor
+from robustdm.data.read import read_images
 from robustdm.errors import RunError, UsageError
+from robustdm.metrics import FeatureStatistics
 from robustdm.training.config import TrainConfig, preset_values
 
 SIDE = 8
@@ -302,6 +305,15 @@ def test_hostile_zip_members_touch_nothing_outside(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "x.zip"]
 
 
+def test_names_in_a_zip_cannot_write_to_the_terminal(tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a\n\x1b[2Jb.png", b"no picture")
+    with pytest.raises(UsageError) as error:
+        load_data(config(path))
+    assert "a\\n\\x1b[2Jb.png" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_flipped_bit_in_a_zip_is_found_by_its_checksum(tmp_path):
     path = save_zip(tmp_path / "x.zip", pictures(3))
     content = bytearray(path.read_bytes())
@@ -393,6 +405,18 @@ def test_damaged_array_files(tmp_path):
                           ("huge.npy", "cannot be read")):
         with pytest.raises(UsageError, match=message):
             load_data(config(tmp_path / name))
+
+
+@pytest.mark.parametrize("read", [
+    load_array, lambda path: read_images(path, "samples"), FeatureStatistics.load,
+])
+def test_an_array_that_unpacks_to_far_more_is_refused(tmp_path, read):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for name in ("samples.npy", "mu.npy", "sigma.npy"):
+            archive.writestr(name, b"")
+            archive.getinfo(name).file_size = 1 << 30  # as the directory at the end has it
+    with pytest.raises(UsageError, match="it would unpack to|ValueError"):
+        read(tmp_path / "x.npz")
 
 
 def test_hostile_array_runs_nothing(tmp_path):

@@ -354,6 +354,8 @@ REFUSED = {
         _class_name="FlowMatchEulerDiscreteScheduler")), "FlowMatchEulerDiscreteScheduler: only"),
     "betas": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: v.update(
         beta_schedule="moon")), "its scheduler cannot be built"),
+    "one beta": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: v.update(
+        trained_betas=0.01)), "trained_betas is no list of numbers"),
     "variance": (lambda d: edit(d / "scheduler" / "scheduler_config.json", lambda v: v.update(
         variance_type="learned_range")), "only 1 output channels: 2 would be needed"),
     "missing": (lambda d: change_weights(d, lambda w: w.pop("conv_in.bias")),

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from robustdm import plots
+from robustdm import plots, report
 from robustdm.errors import UsageError
 from robustdm.perturbation import Perturbation
 from robustdm.report import measure_columns, write_report
 from robustdm.run_files import read_metrics, read_run
 from robustdm.schedule import NoiseSchedule
+from robustdm.training import rundir
 from robustdm.training.config import TrainConfig, preset_values
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -220,6 +222,47 @@ def test_damaged_files_cost_only_themselves(tmp_path):
     assert "The configuration is not known" in page.text and "run.json" in page.text
     assert page.title == "run, 200 steps" and "0.07031" in page.text
     assert "step 50" in page.text and "step 100" not in page.text
+
+
+def made_without_plots(tmp_path, monkeypatch):
+    for name in ("_curves", "_schedule"):
+        monkeypatch.setattr(report, name, lambda run: "")
+    return make_run(tmp_path / "run", (1, 8, 8))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("measures", 5), ("measures", {"samples": None}), ("measures", {"samples": {"noise_rms": "x"}}),
+    ("step", "x"), ("step", -1), ("step", True), ("step", 1e300), ("warnings", 3),
+    ("time_s", 10**400), ("parameters", 10**400), ("parameters", float("nan")),
+])
+def test_a_summary_that_only_a_fuzzer_writes(tmp_path, monkeypatch, name, value):
+    run = made_without_plots(tmp_path, monkeypatch)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, name: value}))
+    assert Page(write_report(run).read_text()).title.endswith("200 steps")
+
+
+@pytest.mark.parametrize("line", [
+    {"step": [1]}, {"step": float("nan")}, {"step": 10**400}, {"step": True}, {"skipped": 10**400},
+    [], "[" * 10**5,
+])
+def test_a_line_of_metrics_that_only_a_fuzzer_writes(tmp_path, monkeypatch, line):
+    run = made_without_plots(tmp_path, monkeypatch)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+    (run / "run.json").write_text("[" * 10**5)
+    page = Page(write_report(run).read_text())
+    assert "1 unreadable line(s)" in page.text and "run.json cannot be read" in page.text
+    last = rundir.RunDir(run, -1).truncate_metrics(100)
+    assert last["step"] == 100 and last == rundir.read_metrics(run / "metrics.jsonl")[-1]
+
+
+def test_a_bomb_among_the_samples_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", (1, 8, 8), plots=False)
+    with zipfile.ZipFile(run / "samples/final.npz", "w") as archive:
+        archive.writestr("samples.npy", b"")
+        archive.getinfo("samples.npy").file_size = 1 << 30  # as the directory at the end has it
+    assert "final.npz cannot be read (ValueError)" in Page(write_report(run).read_text()).text
 
 
 def test_samples_with_nan_are_counted(tmp_path):

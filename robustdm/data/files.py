@@ -123,8 +123,9 @@ def _is_picture(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file name that any terminal and any UTF-8 file takes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name in one line that any terminal and any UTF-8 file takes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_quarantine(quarantine: list[tuple[str, str]], total: int, max_bad: float) -> None:

@@ -30,7 +30,7 @@ from robustdm.studies.claims import Claim, Spread, spread
 from robustdm.training.config import TrainConfig
 from robustdm.training.progress import duration
 from robustdm.training.run import schedule_of
-from robustdm.training.rundir import CHANGEABLE, git_revision, provenance
+from robustdm.training.rundir import CHANGEABLE, git_revision, parse_json, provenance
 from robustdm.training.trainer import Trainer, resolve_device
 
 SHRUNK_LAM = (0.1, 0.3)
@@ -408,7 +408,7 @@ def read_arms(path: Path, name: str) -> list[dict]:
         UsageError: if the file is no such thing.
     """
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = parse_json(Path(path).read_bytes())
         common = results.get("config", {})
         return [arm | ({"config": common | arm["config"]} if "config" in arm else {})
                 for arm in results["arms"]]

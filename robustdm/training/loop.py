@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import os
 import signal
 import time
@@ -48,7 +47,7 @@ from robustdm.training.memory import (
     finer_pieces,
 )
 from robustdm.training.progress import Progress
-from robustdm.training.rundir import RunDir, check_use, write_bytes, write_json
+from robustdm.training.rundir import RunDir, check_use, parse_json, write_bytes, write_json
 from robustdm.training.signals import SIGNALS, Stopped, StopSignals, exit_code
 from robustdm.training.trainer import Trainer, device_name
 
@@ -226,7 +225,7 @@ def _finished_step(path: Path) -> int | None:
 
 def _read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -118,7 +118,7 @@ class RunDir:
         sessions = []
         if run_json.exists():
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-                sessions = list(json.loads(run_json.read_bytes())["sessions"])
+                sessions = list(parse_json(run_json.read_bytes())["sessions"])
         sessions.append(provenance())
         resolved = {**config.to_dict(), **_SWITCHES_OFF}
         write_text(self.path / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
@@ -159,7 +159,7 @@ class RunDir:
         path = self.path / METRICS
         if not path.exists():
             return None
-        kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept[-1] if kept else None
 
@@ -177,10 +177,30 @@ def read_metrics(path: Path) -> list[dict]:
     lines = []
     for raw in Path(path).read_bytes().splitlines():
         with contextlib.suppress(ValueError):
-            line = json.loads(raw)
-            if isinstance(line, dict):
+            line = parse_json(raw)
+            if isinstance(line, dict) and is_step(line.get("step")):
                 lines.append(line)
     return lines
+
+
+def parse_json(text: bytes):
+    """The value of a JSON text that anybody may have written; huge integers become floats.
+
+    Raises:
+        ValueError: if it is not JSON, or nested too deep.
+    """
+    def number(digits: str) -> int | float:
+        return int(digits) if len(digits) < 19 else float(digits)  # 19 may not fit 64 bits
+
+    try:
+        return json.loads(text, parse_int=number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def is_step(value) -> bool:
+    """Whether a value read from JSON is a number of steps."""
+    return type(value) is int and value >= 0
 
 
 def read_config(path: Path) -> dict:

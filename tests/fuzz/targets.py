@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -294,8 +294,11 @@ _POINTS = dict(mlp_width=8, mlp_depth=1, timesteps=10, steps=4)
 _UNET = dict(block_channels=(4,), norm_groups=2, timesteps=10, steps=4)
 
 
-def _config_text(preset: str = "plane", flow: bool = True, **fields) -> bytes:
+def _config_text(preset: str, flow: bool = True, brief: bool = False, **fields) -> bytes:
     plain = TrainConfig(**{**preset_values(preset), **fields}).to_dict()
+    if brief:  # YAML takes its time
+        default = TrainConfig().to_dict()
+        plain = {name: value for name, value in plain.items() if value != default[name]}
     # JSON is YAML, and can be changed as a tree.
     return (json.dumps(plain) if flow else yaml.safe_dump(plain, sort_keys=False)).encode()
 
@@ -313,14 +316,15 @@ class Run(Target):
         config = TrainConfig(**{**preset_values("plane"), **_POINTS})
         tensors = {"ema_0.995": build_model(config, (3,)).state_dict()}
         state = {"shape": [3], "is_image": False}
-        made = {"config.yaml": _config_text(**_POINTS), **_checkpoint_files(4, tensors, state)}
+        made = {"config.yaml": _config_text("plane", brief=True, **_POINTS),
+                **_checkpoint_files(4, tensors, state)}
         for name in self.slots[1:]:
             made[name] = made[f"checkpoints/step-00000004/{name}"]
         return made
 
     def more(self):
-        return [("config.yaml", _config_text(flow=False, **_POINTS)),
-                ("config.yaml", _config_text("digits", **_UNET))]
+        return [("config.yaml", _config_text("plane", flow=False, **_POINTS)),
+                ("config.yaml", _config_text("digits", brief=True, **_UNET))]
 
     def write(self, folder, slot, content):
         if slot == "config.yaml":
@@ -380,7 +384,7 @@ class Report(Target):
         samples = np.zeros((2, 1, 8, 8), np.float32)
         sheet = _saved(np.savez, samples=samples)
         return {
-            "config.yaml": _config_text("digits", **_UNET),
+            "config.yaml": _config_text("digits", brief=True, **_UNET),
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
             "summary.json": json.dumps({"step": 3, "measures": measures, "warnings": ["w"],
                                         "time_s": 3.0, "parameters": 9, "device": "cpu"}).encode(),
@@ -399,7 +403,9 @@ class Report(Target):
             report.page(run)
         lines = rundir.RunDir(folder, -1)
         lines.truncate_metrics(2)
-        with patch.object(rundir, "provenance", dict):  # it asks git
+        # What it writes does not depend on what it reads; it asks git, and YAML takes its time.
+        quick = Mock(**{"safe_dump.return_value": ""})
+        with patch.multiple(rundir, provenance=dict, yaml=quick):
             lines.record(TrainConfig(), data={})
 
 
