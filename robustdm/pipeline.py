@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +76,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     If filling it fails, or is interrupted, the old one is as it was.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    staging = directory.with_name(f".tmp-{uuid.uuid4().hex}-{directory.name}")
+    staging.mkdir()
     try:
         yield staging
         # safetensors and mkdtemp create for the owner alone; a published model is for all.

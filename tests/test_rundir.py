@@ -395,3 +395,16 @@ with StopSignals():
 def test_a_data_worker_survives_the_group_s_signals_until_it_is_told_again():
     done = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_dead_writer_left_is_cleared_away(tmp_path):
+    """Killed in its first milliseconds, a run can be started anew by the same command."""
+    left = f".tmp-{'0a' * 16}"
+    (tmp_path / f"{left}-pipeline").mkdir()
+    for path in (f"{left}-pipeline/x", f"{left}-config.yaml"):
+        (tmp_path / path).write_text("half")
+    RunDir.open(tmp_path, TrainConfig(), resume=False).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    (tmp_path / ".tmp-mine").write_text("")
+    with pytest.raises(UsageError, match="not empty .it holds '.tmp-mine'"):
+        RunDir.open(tmp_path, TrainConfig(), resume=False)

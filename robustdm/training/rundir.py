@@ -17,7 +17,9 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +91,12 @@ class RunDir:
         try:
             # Again, now that nobody else can write: two runs may have started at once.
             check_use(path, config, resume)
+            for folder in (path, path / "samples"):
+                for left_over in filter(_is_staging, folder.glob(".tmp-*")):
+                    if left_over.is_dir():
+                        shutil.rmtree(left_over, ignore_errors=True)
+                    else:
+                        left_over.unlink()
         except BaseException:
             _release(lock)
             raise
@@ -298,10 +306,15 @@ def _check_entries(path: Path, resume: bool) -> None:
     if is_run and started:
         raise UsageError(f"out is {path}: it holds a run; add --resume to continue that one, or "
                          "choose another --out")
-    others = sorted(entries - {LOCK})
+    others = sorted(name for name in entries - {LOCK} if not _is_staging(path / name))
     if not is_run and others:
         raise UsageError(f"out is {path}: it is not empty (it holds {others[0]!r}) and no run; "
                          "choose a new or empty directory")
+
+
+def _is_staging(path: Path) -> bool:
+    """Whether a writer that died has left it: half of what was to take another's place."""
+    return re.match(r"\.tmp-[0-9a-f]{32}", path.name) is not None
 
 
 def _check_config(path: Path, config: TrainConfig) -> None:
