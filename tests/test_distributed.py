@@ -78,6 +78,9 @@ def test_alone_nobody_is_asked(monkeypatch):
 def test_shares_are_all_of_it():
     for count in (0, 1, 5, 12):
         for size in (1, 2, 5, 7):
+            parts = [Ranks(r, size).equal_share(count) for r in range(size)]
+            assert [i for part in parts for i in part][:count] == list(range(count))
+            assert len({len(part) for part in parts}) == 1
             parts = [Ranks(r, size).share(count) for r in range(size)]
             assert [k for part in parts for k in part] == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robustdm.errors import UsageError
 from robustdm.models import build_model, lora
+from robustdm.sharded import blocks
 from robustdm.training.config import TrainConfig
 from robustdm.training.trainer import resolve_device
 
@@ -32,9 +33,9 @@ def estimate_bytes(
         ranks: processes that share the batch; the estimate is of one of them.
 
     Returns:
-        ``weights`` (parameters, gradients, AdamW moments, moving averages), ``activations`` and
-        ``total``. Of frozen parameters, activations are counted as if they were not; those of
-        adapters are not counted.
+        ``weights`` (parameters, gradients, AdamW moments, moving averages; of a network in parts,
+        this rank's, with what it gathers), ``activations`` and ``total``. Of frozen parameters,
+        activations are counted as if they were not; those of adapters are not counted.
     """
     with FakeTensorMode(), torch.device(resolve_device(config.device)):
         model = build_model(config, shape)
@@ -66,12 +67,25 @@ def estimate_bytes(
     if config.lora:
         trained = 4 * lora.count(model, config)
         size += trained
-    weights = size + trained * (3 + len(config.ema_rates))
-    if config.precision == "bf16":
-        weights += (size + trained) // 2  # working weights and their gradients
-    if ranks > 1:
-        weights += trained  # gradients in one piece, for the all-reduce
+    averages = len(config.ema_rates)
+    if config.parallel == "fsdp" and ranks > 1:
+        weights = (size * (1 + averages) + trained * 3) // ranks + _gathered(model, config)
+        if config.accumulate > 1 or config.objective != "ddpm":
+            weights += trained  # whole gradients, until the last backward pass
+    else:
+        weights = size + trained * (3 + averages)
+        if config.precision == "bf16":
+            weights += (size + trained) // 2  # working weights and their gradients
+        if ranks > 1:
+            weights += trained  # gradients in one piece, for the all-reduce
     return {"weights": weights, "activations": activations, "total": weights + activations}
+
+
+def _gathered(model: nn.Module, config: TrainConfig) -> int:
+    """Bytes of the weights that a pass holds whole: the top's, and two blocks'."""
+    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks(model))
+    top = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    return (2 if config.precision == "bf16" else 4) * (top + sum(sizes[-2:]))
 
 
 def available_bytes(device: torch.device) -> int | None:
