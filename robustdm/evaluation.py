@@ -224,7 +224,8 @@ def features_of(extractor: Extractor, images: Tensor | None, cache: Path | None 
     if ranks.exchange(found is not None)[0]:
         return found
     mine = ranks.scatter(images, batch_size)
-    found, _ = extract(extractor, iter(mine.split(batch_size)), keep=0, ranks=ranks)
+    batches = mine.split(batch_size) if len(mine) else ()
+    found, _ = extract(extractor, iter(batches), keep=0, ranks=ranks)
     if path is not None:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,11 +32,13 @@ def blocks(name, language=""):
 
 
 def commands(name):
-    """The words of every command that starts with "python", fenced or in a sentence."""
+    """The words of every command that starts with "python", fenced or in a sentence; of torchrun's,
+    what each of its processes does."""
     lines = [line for block in blocks(name) for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`(python [^`]+)`", FENCE.sub("", (ROOT / name).read_text()))
     for line in lines + [text for text in inline if len(text.split()) > 3 or ".py" in text]:
         for part in line.split("&&"):
+            part = re.sub(r"^torchrun .* -m (-- )?", "python -m ", part.strip())
             if part.split()[:1] == ["python"]:
                 yield shlex.split(part.replace(" NAME", " fig2"), comments=True)
 
@@ -146,9 +148,10 @@ def place(prepared, tmp_path, monkeypatch):
 
 def tiny(words):
     """A command made tiny; None for those that tests of their own run: programs of examples/ and
-    benchmarks/, the doctor, models from the Hub and other devices."""
+    benchmarks/, the doctor, attacks, models from the Hub and other devices."""
     module, flags = words[2], words[3:]
-    if words[1] != "-m" or module == "robustdm.doctor" or {"--init-from", "cuda:1"} & set(flags):
+    elsewhere = module in ("robustdm.doctor", "robustdm.attack")
+    if words[1] != "-m" or elsewhere or {"--init-from", "cuda:1"} & set(flags):
         return None
     if module == "robustdm.convert":
         shutil.rmtree(flags[1], ignore_errors=True)

@@ -16,23 +16,33 @@ from test_sample import make_run
 from robustdm import attack, evaluate, sample, sampling, steps
 from robustdm.distributed import Ranks, join
 from robustdm.errors import RunError
+from robustdm.training.trainer import resolve_device
 
 COMMANDS = {"sample": sample, "evaluate": evaluate, "attack": attack, "steps": steps}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Two runs with random weights, images of clean data, and what one rank makes of them."""
+    """Three runs with random weights, and two sets of images."""
     where = tmp_path_factory.mktemp("inference")
     make_run(where / "unet", block_channels=(8, 8))
     for seed in (0, 1):
         make_run(where / f"mlp{seed}", shape=(3,), data="plane", preset="plane", network="mlp",
                  num_points=600, mlp_width=8, seed=seed)
     noise = np.random.default_rng(0)
-    for name, count in (("images", 700), ("clean", 600)):
+    for name, count in (("images", 700), ("clean", 200)):
         np.savez(where / f"{name}.npz", samples=noise.random((count, 1, 8, 8), np.float32) - 0.5)
-    call(0, where, jobs("one"))
     return where
+
+
+@pytest.fixture(scope="module")
+def one(made):
+    """What one rank makes of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setenv("ROBUSTDM_CACHE", "")
+        call(0, made, jobs("one"))
+    return made / "one"
 
 
 def jobs(out):
@@ -85,23 +95,23 @@ def writes(rank, where, lines):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_ranks_make_what_one_makes(made, count):
+def test_ranks_make_what_one_makes(made, one, count):
     lines = {out: line for out, line in jobs(str(count)).items()
              if count == 2 or Path(out).name in ("sample", "few", "images")}
     (written, said), *others = ranks.run(count, writes, made, lines)
     assert len(written) >= 2 * len(lines) and "img/s" in said
     assert others == [([], "")] * (count - 1), "rank 0 alone writes and prints"
     for out in lines:
-        one, several = made / "one" / Path(out).name, made / out
+        alone, several = one / Path(out).name, made / out
         # Pictures and pages included.
         listed = [sorted(str(p.relative_to(where)) for p in where.rglob("*"))
-                  for where in (one, several)]
+                  for where in (alone, several)]
         assert listed[0] == listed[1]
-        for path in one.glob("*.npz"):
-            a, b = (np.load(where / path.name)["samples"] for where in (one, several))
+        for path in alone.glob("*.npz"):
+            a, b = (np.load(where / path.name)["samples"] for where in (alone, several))
             assert np.array_equal(a, b) and np.abs(a).max() > 0
-        (path,) = one.glob("*.json")
-        a, b = (json.loads((where / path.name).read_text()) for where in (one, several))
+        (path,) = alone.glob("*.json")
+        a, b = (json.loads((where / path.name).read_text()) for where in (alone, several))
         assert (a["ranks"], b["ranks"]) == (1, count)
         for key in ("batch_size", "results", "measures", "entries", "objective_raised"):
             assert a.get(key) == b.get(key), (out, key)
@@ -133,6 +143,14 @@ def test_shares_are_whole_batches():
                     len(part) for part in Ranks(0, size)._shares(count, asked))
     assert Ranks(1, 2).batches(1000, 64) == (range(512, 1000), 64)
     assert Ranks(1, 2).batches(192, 64) == (range(96, 192), 48)
+
+
+def test_a_rank_s_gpu_has_its_number(monkeypatch):
+    """Threads of a process, such as the one of the features, begin with the first."""
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert [str(resolve_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")] == [
+        "cuda:1", "cuda:1", "cuda:0", "cpu"]
 
 
 # One failure ends all.
