@@ -68,8 +68,10 @@ def configurations(names, text=ANY_TEXT, most=5):
     @st.composite
     def draw(draw):
         preset = draw(st.sampled_from([name for name in PRESETS if name != "finetune"]))
-        fields = {}
-        for name in draw(st.lists(st.sampled_from(names), max_size=most, unique=True)):
+        fields, own = {}, sorted(PRESETS[preset].keys() & set(names))
+        any_of = st.sampled_from(names)
+        any_of = st.sampled_from(own) | any_of if own else any_of
+        for name in draw(st.lists(any_of, max_size=most, unique=True)):
             tried = {**fields, name: draw(values_of(HINTS[name], text))}
             try:
                 TrainConfig(**{**preset_values(preset), **tried})

@@ -6,12 +6,14 @@ containers and byte arrays, so a hostile file can run no code; archives are neve
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import re
 import tarfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from robustdm.data.decode import BadImage, decode_pixels
 from robustdm.errors import UsageError
 
 _SIDE = 32
+_PIECE = 1 << 20  # bytes of an archive read at once
 
 
 @dataclass(frozen=True)
@@ -128,18 +131,41 @@ def _from_tar(path: Path) -> tuple[Edition, Tensor]:
     found: dict[str, dict[str, bytes]] = {name: {} for name in EDITIONS}
     guess = EDITIONS["cifar100" if "100" in path.name else "cifar10"]
     try:
-        with tarfile.open(path) as archive:
+        with _Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 file = member.name.rsplit("/", 1)[-1]
                 for name, edition in EDITIONS.items():
                     wanted = file.removesuffix(".bin") in edition.batches
                     if wanted and member.isreg() and member.size <= edition.max_bytes:
-                        found[name][file] = archive.extractfile(member).read()
+                        pieces = iter(partial(archive.extractfile(member).read, _PIECE), b"")
+                        found[name][file] = b"".join(pieces)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise _damaged(path, " ".join(str(error).split()), guess) from None
     name = next((name for name, batches in found.items() if batches), None)
     edition = EDITIONS[name] if name else guess
     return edition, _join(path, edition, found[name] if name else {})
+
+
+class _Bounded:
+    """The stream of an archive, of which a header may ask for any number of bytes at once."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb")
+        packed = self._file.read(2) == b"\x1f\x8b"
+        self._file.seek(0)
+        self._stream = gzip.GzipFile(fileobj=self._file) if packed else self._file
+        self.seek, self.tell = self._stream.seek, self._stream.tell
+
+    def __enter__(self) -> _Bounded:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        if size > _PIECE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._stream.read(size)
 
 
 def _join(path: Path, edition: Edition, batches: dict[str, bytes]) -> Tensor:
@@ -180,16 +206,8 @@ class _Array:
 
     def __setstate__(self, state):
         _, shape, _, fortran, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content
         array = np.frombuffer(content, np.uint8)
         self.array = array.reshape(shape, order="F" if fortran else "C")
-
-
-def _latin1(text, encoding):
-    """Stands for codecs.encode, by which Python 3 writes bytes into old pickles."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
-    return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -200,10 +218,25 @@ class _Unpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _latin1,
     }
 
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._left = len(content)
+
+    def _encode(self, text, encoding):
+        """Stands for codecs.encode, by which Python 3 writes bytes into old pickles: each once, so
+        there is no more to encode than the file is long."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise pickle.UnpicklingError(f"encoding {encoding!r}")
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("the file stands for more than it is long")
+        return text.encode("latin1")
+
     def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in self._NAMES:
             raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which is refused")
         return self._NAMES[module, name]
@@ -211,7 +244,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _python_batch(content: bytes, path: Path, name: str, edition: Edition) -> np.ndarray:
     try:
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = _Unpickler(content).load()
         array = (batch[b"data"] if b"data" in batch else batch["data"]).array
         if array.ndim != 2 or array.shape[1] != 3 * _SIDE * _SIDE:
             raise ValueError(f"its array has shape {array.shape}")
