@@ -14,6 +14,11 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, however slow the machine; --hypothesis-profile=default draws anew.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
 
 # Relative error ||out - ref|| / ||ref|| of a kernel against the float64 reference. The interpreter
 # truncates bfloat16 where a GPU rounds.

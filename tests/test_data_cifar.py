@@ -1,5 +1,7 @@
 """CIFAR-10 from every form of local copy; fake copies of a few images."""
 
+import codecs
+import gzip
 import io
 import os
 import pickle
@@ -164,6 +166,23 @@ def test_hostile_pickle_runs_nothing(tmp_path, monkeypatch, function, argument):
     evil = pickle.dumps({b"data": Hostile(function, argument)}, protocol=2)
     _fails(unpack(tmp_path / "x", python_files() | {"data_batch_1": evil}), "is refused")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_that_stands_for_far_more_is_refused(tmp_path):
+    """One text, encoded again and again."""
+    text = "a" * 10_000
+    bomb = pickle.dumps([Hostile(codecs.encode, text, "latin1") for _ in range(10)], protocol=2)
+    assert len(bomb) < 2 * len(text)
+    _fails(unpack(tmp_path / "x", python_files() | {"data_batch_1": bomb}),
+           "stands for more than it is long")
+
+
+def test_a_header_in_the_archive_is_no_reason_to_read_gigabytes(tmp_path):
+    name = tarfile.TarInfo("long")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 28
+    path = tmp_path / "cifar-10-python.tar.gz"
+    path.write_bytes(gzip.compress(name.tobuf() + bytes(1 << 22), 1))
+    _fails(path, "a header of 268435456 bytes")
 
 
 def test_links_in_the_archive_are_passed_over(tmp_path):

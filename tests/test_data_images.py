@@ -4,9 +4,12 @@ import io
 import itertools
 import json
 import os
+import resource
 import struct
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from robustdm.data import batches, load_data
+from robustdm.data import decode as decode_module
 from robustdm.data.arrays import load_array
 from robustdm.data.decode import BadImage, Header, decode, quiet, read_header
 from robustdm.data.images import ImageFiles, ImageTensor
@@ -187,7 +191,8 @@ def test_exif_orientation_is_undone():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_greys_keep_their_brightness(kind):
+def test_16_bit_greys_keep_their_brightness(kind, monkeypatch):
+    monkeypatch.setattr(decode_module, "_STRIP", 24)
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     file = as_file(Image.fromarray(values), kind)
     assert read_header(file) == Header(grey=True, alpha=False, size=(8, 8))
@@ -238,6 +243,45 @@ def test_decompression_bomb_is_refused_before_its_pixels_are_read():
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(BadImage, match="30000x4000"):
         read_header(io.BytesIO(bomb))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "I;16", "F"])
+def test_a_picture_takes_at_most_12_bytes_a_pixel(mode):
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(np.zeros((2000, 2000), np.uint16 if mode == "I;16" else np.float32))
+    else:
+        image = Image.new(mode, (2000, 2000))
+    file = as_file(image, "TIFF")
+    child = os.fork()  # its largest size is its own
+    if not child:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        decode(file, 3, 8)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os._exit(1024 * grown > 13 * 2000**2 + (12 << 20))  # besides code and strips
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_largest_pictures_are_decoded_one_at_a_time(monkeypatch):
+    real, inside, most = decode_module.convert, [], []
+
+    def convert(image, channels):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(image, channels)
+
+    monkeypatch.setattr(decode_module, "convert", convert)
+    content = as_file(Image.new("RGB", (8, 8))).getvalue()
+
+    def largest(limit):
+        monkeypatch.setattr(decode_module, "_LARGE", limit)
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: decode(io.BytesIO(content), 3, 8), range(8)))
+        return max(most)
+
+    assert largest(63) == 1 and largest(64) > 1
 
 
 def test_a_text_bomb_is_one_bad_file():

@@ -11,14 +11,15 @@ from fuzz.targets import TARGETS, Target
 
 from robustdm.errors import UsageError
 
+SLOW = ("diffusers", "report", "run")
+
 
 @pytest.mark.filterwarnings("ignore")  # of libraries that meet nonsense
 @pytest.mark.parametrize("name", TARGETS)
 def test_readers_survive_foreign_files(name):
     with Session(TARGETS[name]()) as session:
-        explore(session, seed=1, executions=200, trace=False)
-        assert session.executions > 200 and not session.findings, "\n\n".join(
-            session.findings.values())
+        explore(session, seed=1, executions=100 if name in SLOW else 300, trace=False)
+        assert not session.findings, "\n\n".join(session.findings.values())
 
 
 class Planted(Target):

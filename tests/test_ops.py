@@ -412,7 +412,7 @@ def test_adamw_ema_is_adamw(backend, averages, copies, decay):
 # Properties.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_perturbation_never_leaves_the_ball(data):
     dtype = data.draw(st.sampled_from([*FLOATS, torch.float64]))

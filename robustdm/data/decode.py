@@ -1,14 +1,16 @@
 """One picture file to one uint8 array, for every kind of file that people have.
 
 Only the formats named here are tried, so no file can start an outside program (EPS would), and a
-picture larger than Pillow's decompression-bomb limit is refused before its pixels are read.
+picture larger than Pillow's decompression-bomb limit is refused before its pixels are read. Below
+it, decoding takes up to 12 bytes per pixel, and the largest pictures wait for each other.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -21,6 +23,9 @@ SUFFIXES = frozenset(
 )
 _GREY_MODES = ("1", "L", "LA", "La", "F")  # besides the modes I and I;16 of 16-bit greys
 _ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
+_LARGE = 1 << 25  # pixels; threads decode larger pictures one at a time
+_large_one = threading.Lock()
+_STRIP = 1 << 20  # pixels of a 16-bit picture converted at a time
 
 
 class BadImage(Exception):
@@ -103,9 +108,10 @@ def decode(file: BinaryIO, channels: int, resolution: int, crop: int = 0) -> np.
     """
     with _opened(file) as image:
         _check_crop(image, crop)
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        return fit(convert(upright, channels), resolution, crop)
+        with _large_one if image.width * image.height > _LARGE else nullcontext():
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return fit(convert(image, channels), resolution, crop)
 
 
 def _check_crop(image: Image.Image, crop: int) -> None:
@@ -128,16 +134,22 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if channels == 4:
-        return image.convert("RGBA")
+        return _in_mode(image, "RGBA")
     if _has_alpha(image):
-        image = image.convert("RGBA")
+        image = _in_mode(image, "RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    return _in_mode(image, "L" if channels == 1 else "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    # Pillow would copy what has the mode already.
+    return image if image.mode == mode and "transparency" not in image.info else (
+        image.convert(mode))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit greys (modes I;16 and I) and floats in [0, 1] (mode F) to mode L."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     top = 1.0 if image.mode == "F" else 65535.0
     if not np.isfinite(values).all():
         raise BadImage("NaN or infinity among the pixels")
@@ -145,7 +157,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         raise BadImage(
             f"values from {values.min():g} to {values.max():g}, where 0 to {top:g} is expected"
         )
-    return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+    result = np.empty(values.shape, np.uint8)
+    rows = max(1, _STRIP // values.shape[1])
+    for k in range(0, len(values), rows):
+        result[k : k + rows] = np.round(values[k : k + rows].astype(np.float64) * (255 / top))
+    return Image.fromarray(result)
 
 
 def fit(image: Image.Image, resolution: int, crop: int = 0) -> np.ndarray:

@@ -108,6 +108,7 @@ def save_checkpoint(
     final = root / f"step-{step:08d}"
     staging = root / f".tmp-{uuid.uuid4().hex}"
     old = _aside(final)
+    published = False
     state_json = json.dumps({**state, "step": step}, indent=1).encode()
     gathered = _gathered(tensors)
     try:
@@ -128,9 +129,12 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(staging, final)
+        published = True
         _sync_directory(root)
     except BaseException as error:
         with contextlib.suppress(OSError):
+            if published:  # it may be gone after a power cut, so nobody may count on it
+                os.rename(final, staging)
             if old.exists() and not final.exists():
                 os.rename(old, final)
         shutil.rmtree(staging, ignore_errors=True)
