@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustdm.baselines import Baseline
 from robustdm.data import load_data
 from robustdm.data.base import Data, sha256_of
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RunError, UsageError, importing
 from robustdm.features import Extractor, Features
 from robustdm.inference import fast_network
 from robustdm.metrics import (
@@ -80,7 +80,8 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
     Raises:
         UsageError: if there is none, or its network does not predict noise of square images.
     """
-    from diffusers import DDPMPipeline
+    with importing("diffusers"):
+        from diffusers import DDPMPipeline
 
     try:
         pipeline = DDPMPipeline.from_pretrained(name)

@@ -156,4 +156,5 @@ def export(network: nn.Module, folder: Path) -> None:
                for name, value in split(network)[1].items()}
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file)
-    file.chmod(0o644)  # safetensors creates for the owner alone
+    # safetensors creates for the owner alone, whatever the umask.
+    file.chmod(file.parent.stat().st_mode & 0o666)
