@@ -3,13 +3,14 @@
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from robustdm.errors import UsageError
+from robustdm.errors import UsageError, importing
 from robustdm.schedule import NoiseSchedule
 
 # Tables of more would only fill the memory; the largest in use have some thousands.
@@ -22,7 +23,8 @@ def scheduler_config(schedule: NoiseSchedule) -> dict:
     The known schedules go by their diffusers names, which other programs can read; any other is
     written as its list of betas.
     """
-    from diffusers import DDPMScheduler
+    with importing("diffusers"):
+        from diffusers import DDPMScheduler
 
     first, last = schedule.betas[0].item(), schedule.betas[-1].item()
     for named in (
@@ -46,7 +48,8 @@ def schedule_from(config: dict) -> NoiseSchedule:
     Raises:
         UsageError: if they do not make a schedule.
     """
-    from diffusers import DDPMScheduler
+    with importing("diffusers"):
+        from diffusers import DDPMScheduler
 
     try:
         if not config.get("num_train_timesteps", 0) <= _MAX_TIMESTEPS:
@@ -71,18 +74,19 @@ def schedule_from(config: dict) -> NoiseSchedule:
 
 @contextlib.contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which then takes the place of another: complete, and readable for all.
+    """A directory to fill, which then takes the place of another, complete.
 
     If filling it fails, or is interrupted, the old one is as it was.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".tmp-{uuid.uuid4().hex}-{directory.name}")
     staging.mkdir()
+    mode = stat.S_IMODE(staging.stat().st_mode)
     try:
         yield staging
-        # safetensors and mkdtemp create for the owner alone; a published model is for all.
-        for path in [staging, *staging.rglob("*")]:
-            path.chmod(0o755 if path.is_dir() else 0o644)
+        # safetensors creates for the owner alone, whatever the umask.
+        for path in staging.rglob("*"):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(staging, directory)
@@ -99,7 +103,8 @@ def save_pipeline(
     variance_type: str = "fixed_large",
     timestep_spacing: str = "leading",
 ) -> None:
-    """Write a network as a diffusers DDPMPipeline (safetensors and JSON, files of mode 0644).
+    """Write a network as a diffusers DDPMPipeline (safetensors and JSON), as open to
+    others as the umask lets it be.
 
     The pipeline is complete before it takes its place: an interrupted export leaves the old one.
 
@@ -117,7 +122,8 @@ def save_pipeline(
     Raises:
         UsageError: if unet is another kind of model, or the directory holds something else.
     """
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    with importing("diffusers"):
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     if not isinstance(unet, UNet2DModel):
         raise UsageError(

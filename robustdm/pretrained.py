@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RunError, UsageError, importing
 from robustdm.models import improved, make_unet, unet_config
 from robustdm.pipeline import schedule_from
 from robustdm.schedule import NoiseSchedule
@@ -437,7 +437,8 @@ def _arguments(values: dict) -> dict:
 
 
 def _check_scheduler(values: dict) -> None:
-    from diffusers import DDPMScheduler
+    with importing("diffusers"):
+        from diffusers import DDPMScheduler
 
     kind = values.get("_class_name", "DDPMScheduler")
     if kind not in [found.__name__ for found in DDPMScheduler().compatibles]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from robustdm.device import normalisable
-from robustdm.errors import UsageError
+from robustdm.errors import UsageError, importing
 from robustdm.models.mlp import PointMLP
 from robustdm.training.config import TrainConfig
 
@@ -124,7 +124,8 @@ def make_unet(arguments: dict) -> nn.Module:
     Raises:
         UsageError: if there is none with these arguments.
     """
-    from diffusers import UNet2DModel
+    with importing("diffusers"):
+        from diffusers import UNet2DModel
 
     try:
         layers = arguments["layers_per_block"] * len(arguments["down_block_types"])

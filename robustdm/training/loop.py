@@ -551,6 +551,11 @@ class _Session:
             trainer.check_finite()
         with self.ranks.together() if required else contextlib.nullcontext():
             if self.run_dir is not None:
+                if self.run_dir.renew():
+                    self.warn(f"{self.run_dir.path} was deleted or moved away: it is made anew, "
+                              "without what it held")
+                    self._write_reference()
+                    self._write_quarantine()
                 try:
                     save_checkpoint(self.run_dir.checkpoints, trainer.step, *trainer.state())
                 except CheckpointError as error:

@@ -70,6 +70,7 @@ class RunDir:
         self._lock = lock
         self._metrics: int | None = None
         self._torn = False
+        self._recorded: tuple[TrainConfig, dict] | None = None
 
     @classmethod
     def open(cls, path: Path, config: TrainConfig, resume: bool) -> RunDir:
@@ -122,6 +123,7 @@ class RunDir:
             config: the resolved configuration.
             facts: JSON-able facts of the run, such as ``data``, ``network``, ``parameters``.
         """
+        self._recorded = config, facts
         run_json = self.path / RUN
         sessions = []
         if run_json.exists():
@@ -136,6 +138,26 @@ class RunDir:
         except OSError as error:
             raise RunError(f"{self.samples} was not made: {error.strerror}; make room or choose "
                            "another --out") from error
+
+    def renew(self) -> bool:
+        """Make the directory anew if somebody has deleted it, or moved it away, since `record`.
+
+        Returns:
+            Whether that was so.
+
+        Raises:
+            UsageError: another run has taken its place.
+            RunError: it cannot be made.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock), os.stat(self.path / LOCK)):
+                return False
+        config, facts = self._recorded
+        new = RunDir.open(self.path, config, resume=False)
+        self.close()
+        self._lock = new._lock
+        self.record(config, **facts)
+        return True
 
     def append_metrics(self, line: dict) -> None:
         """Append one line to metrics.jsonl. A full disk costs the line and a warning, not the run.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, hostile, interruptions, numbers, pictures, ranks, workers
+from . import damage, determinism, disks, environment, hostile, interruptions, numbers, pictures, ranks, workers
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
@@ -14,10 +14,11 @@ GROUPS = {group.name: group for group in (
     Group("F4", "truncated files", 200, damage.truncate),
     Group("F5", "flipped bits", 200, damage.flip),
     Group("F6", "hostile files", 24, hostile.attack),
-    Group("F9", "NaN and infinity", 30, numbers.poison),
-    Group("F10", "lost ranks", 38, ranks.fail),
-    Group("F11", "data workers", 18, workers.fail),
     Group("F7", "odd pictures", 40, pictures.look),
+    Group("F9", "NaN and infinity", 30, numbers.poison),
+    Group("F10", "lost ranks", 38, ranks.fail, limit=400.0),
+    Group("F11", "data workers", 18, workers.fail),
+    Group("F12", "environment", 12, environment.spoil, limit=400.0),
     Group("F13", "determinism", 50, determinism.repeat),
 )}
 

@@ -256,6 +256,7 @@ def last_step(out: Path) -> int:
 # The system.
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_READ_ONLY, _REMOUNT = 1, 32
 _NEWNS, _PRIVATE = 0x00020000, 0x00040000 | 0x00004000
 
 
@@ -273,6 +274,13 @@ def mount_tmpfs(place: Path, size: int) -> None:
     """Mount a file system of ``size`` bytes in memory; `own_mounts` first."""
     place.mkdir(parents=True, exist_ok=True)
     if _libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={size}".encode()):
+        raise Skip(f"mounting is not allowed here ({os.strerror(ctypes.get_errno())})")
+
+
+def remount(place: Path, read_only: bool) -> None:
+    """Make a mounted file system, of which no file is open, read-only or writable again."""
+    flags = _REMOUNT | (_READ_ONLY if read_only else 0)
+    if _libc.mount(b"none", os.fsencode(place), None, flags, None):
         raise Skip(f"mounting is not allowed here ({os.strerror(ctypes.get_errno())})")
 
 
