@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, environment, hostile, interruptions, numbers, pictures, ranks, workers
+from . import (
+    damage,
+    determinism,
+    disks,
+    environment,
+    hostile,
+    interruptions,
+    numbers,
+    pictures,
+    ranks,
+    workers,
+)
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
