@@ -26,26 +26,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
-from step import Options, Task
 from timing import spread
 
 from robustdm.data import batches
 from robustdm.distributed import ALONE, Ranks, join
 from robustdm.errors import RunError, UsageError
+from robustdm.tables import text_table
+from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.trainer import WISHES, Trainer
 
 SCHEMA = "robustdm-scaling-1"
 MINUTES = 4.0
 RANKS = 2
 SIZES = [4**k for k in range(6, 14)]  # bytes, 4 KiB to 64 MiB
-TASKS = [("digits", 4), ("digits", 32), ("tiny", 1), ("tiny", 4)]  # network, batch of a rank
 FEWEST = 3  # rounds, whatever the time
+COMMON = dict(dropout=0.0, holdout=0.0, warmup_steps=0, device="cpu")
+WIDE = dict(preset_values("plane"), mlp_width=1024, mlp_depth=4)
+# Name and configuration; batches are those of a rank. The last two are mostly all-reduce: they have
+# millions of weights and little work.
+TASKS = {
+    "digits, batch 4": dict(preset_values("digits"), batch_size=4),
+    "digits, batch 32": dict(preset_values("digits"), batch_size=32),
+    "MLP, batch 64": dict(WIDE, batch_size=64),
+    "MLP, batch 8": dict(WIDE, batch_size=8),
+}
+TINY = {"MLP, batch 4": dict(WIDE, mlp_width=16, batch_size=4)}
 
 
 def names(config, device: torch.device) -> list[str]:
     """What ``--list`` prints."""
-    return ["all-reduce", *(f"{model}, batch {batch} a rank" for model, batch in TASKS)]
+    return ["all-reduce", *TASKS]
 
 
 def run(config, device: torch.device, head: dict) -> dict:
@@ -127,7 +137,7 @@ def _rank(rank: int, port: int, end, config, seconds: float) -> None:
 
 def _measure(ranks: Ranks, config, seconds: float) -> dict:
     sizes = SIZES[:2] if config.tiny else SIZES
-    tasks = [("digits", 4)] if config.tiny else TASKS
+    tasks = TINY if config.tiny else TASKS
     share = seconds / (len(tasks) + 1)
     flats = {size: torch.ones(size // 4) for size in sizes}
     times = _rounds(ranks, config.repeats, share, {
@@ -135,7 +145,8 @@ def _measure(ranks: Ranks, config, seconds: float) -> dict:
     reduced = [{"bytes": size, **spread(times[size]), "sent": _sent(ranks, flats[size])}
                for size in sizes]
     return {"all_reduce": reduced,
-            "steps": [_steps(ranks, config, *task, share) for task in tasks]}
+            "steps": [_steps(ranks, name, TrainConfig(**fields | COMMON), config.repeats, share)
+                      for name, fields in tasks.items()]}
 
 
 def _repeated(ranks: Ranks, flat: torch.Tensor) -> Callable[[], float]:
@@ -187,12 +198,11 @@ def _rounds(
     return times
 
 
-def _steps(ranks: Ranks, config, model: str, batch: int, seconds: float) -> dict:
+def _steps(ranks: Ranks, name: str, alone: TrainConfig, repeats: int, seconds: float) -> dict:
     """Steps of one network: alone, beside each other, and together."""
-    solo = Task(model, batch, "cpu", config.tiny)
-    pair = replace(solo, batch=RANKS * batch)
-    trainers = [Trainer(task.config(Options()), task.data(task.config(Options())), ranks=found)
-                for task, found in ((solo, ALONE), (pair, ranks))]
+    together = replace(alone, batch_size=RANKS * alone.batch_size)
+    trainers = [Trainer(config, ranks=found)
+                for config, found in ((alone, ALONE), (together, ranks))]
     one, both = ((trainer, next(batches(trainer.data, trainer.config, 0, trainer.device,
                                         trainer.ranks))[0]) for trainer in trainers)
 
@@ -204,7 +214,7 @@ def _steps(ranks: Ranks, config, model: str, batch: int, seconds: float) -> dict
     with _counted() as calls:
         timed(*both)
     size = sum(calls)
-    times = _rounds(ranks, config.repeats, seconds, {
+    times = _rounds(ranks, repeats, seconds, {
         "alone": lambda: timed(*one) if ranks.main else 0.0,
         "beside": lambda: timed(*one),
         "together": lambda: timed(*both),
@@ -217,7 +227,7 @@ def _steps(ranks: Ranks, config, model: str, batch: int, seconds: float) -> dict
                                                        strict=True))
 
     return {
-        "name": f"{model}, batch {batch} a rank", "parameters": both[0].parameters,
+        "name": name, "parameters": both[0].parameters,
         "all_reduces": len(calls), "bytes": size,
         **{mode: spread(found) for mode, found in times.items()},
         "measured_alone": ratio("alone"), "measured_beside": ratio("beside"),
@@ -253,27 +263,19 @@ def failures(record: dict) -> list[str]:
 
 def print_record(record: dict) -> None:
     """The numbers, and all that was wrong."""
-    console = Console()
     fitted = record["fit"]
-    console.print(f"all-reduce of {RANKS} ranks: {fitted['latency_ms']:.3g} ms + bytes / "
-                  f"{fitted['gb_s']:.3g} GB/s, within {fitted['error']:.0%}", highlight=False)
-    for size in record["all_reduce"]:
-        sent = "" if size["sent"] is None else f", {size['sent'] / size['bytes']:.2f} times sent"
-        console.print(f"  {size['bytes']:>10,} B: {size['ms']:.3g} ms "
-                      f"({size['p20']:.3g}-{size['p80']:.3g}){sent}", highlight=False)
-    made = Table(show_edge=False, pad_edge=False)
-    for column in ("step", "MB", "ms alone", "beside", "together", "all-reduce", "fitted",
-                   "/alone", "/beside"):
-        made.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
-    for row in record["steps"]:
-        made.add_row(
-            row["name"].removesuffix(" a rank"), f"{row['bytes'] / 1e6:.3g}",
-            *(f"{row[mode]['ms']:.4g}" for mode in ("alone", "beside", "together", "all_reduce")),
-            f"{row['fitted_ms']:.3g}",
-            *(f"{100 * row[f'measured_{mode}']:.0f} ({100 * row[f'predicted_{mode}']:.0f}) %"
-              for mode in ("alone", "beside")))
-    console.print(made)
-    console.print("/alone, /beside: that time over the one together, in brackets as the formula "
-                  "has it", style="dim", highlight=False)
+    print(f"all-reduce of {RANKS} ranks: {fitted['latency_ms']:.3g} ms + bytes / "
+          f"{fitted['gb_s']:.3g} GB/s, within {fitted['error']:.0%}")
+    print(text_table({f"{size['bytes']:,} B": {
+        "ms": size["ms"], "p20": size["p20"], "p80": size["p80"],
+        "sent / bytes": size["sent"] and size["sent"] / size["bytes"],
+    } for size in record["all_reduce"]}))
+    print(text_table({row["name"]: {
+        "MB": row["bytes"] / 1e6,
+        **{f"{mode} ms": row[mode]["ms"] for mode in ("alone", "beside", "together")},
+        "all-reduce ms": row["all_reduce"]["ms"], "fitted": row["fitted_ms"],
+        **{f"{mode} / together": row[f"measured_{mode}"] for mode in ("alone", "beside")},
+        **{f"formula, {mode}": row[f"predicted_{mode}"] for mode in ("alone", "beside")},
+    } for row in record["steps"]}))
     for line in failures(record):
-        console.print(f"[bold red]{line}")
+        Console().print(f"[bold red]{line}")
