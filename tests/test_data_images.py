@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import struct
@@ -16,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from robustdm.data import batches, load_data
+from robustdm.data import batches, files, load_data
 from robustdm.data import decode as decode_module
 from robustdm.data.arrays import load_array
 from robustdm.data.decode import BadImage, Header, decode, quiet, read_header
@@ -533,6 +534,44 @@ def test_pictures_that_vanish_end_the_run_with_their_names(tmp_path):
         (tmp_path / f"{k:03d}.png").unlink()
     with pytest.raises(RunError, match=r"of 10 images cannot be read.*00\d.png .No such file"):
         list(itertools.islice(batches(data, cfg, 0, "cpu"), 5))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_nobody_thought_of_names_its_file(tmp_path, workers, monkeypatch):
+    save_folder(tmp_path, 6)
+    real = files.decode_tensor
+
+    def slip(file, *arguments):
+        if file.name.endswith("003.png"):
+            raise ZeroDivisionError("a slip")
+        return real(file, *arguments)
+
+    monkeypatch.setattr(files, "decode_tensor", slip)
+    with pytest.raises(RunError, match=r"003.png \(ZeroDivisionError: a slip\)"):
+        _stream(tmp_path, 3, workers=workers)
+
+
+def test_what_a_worker_raises_is_one_line_and_batches_need_no_shared_memory(tmp_path, monkeypatch):
+    from torch.multiprocessing import reductions
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reductions, "reduce_storage", refuse)  # of workers, which inherit it
+    save_folder(tmp_path, 6)
+    _, pairs = _stream(tmp_path, 2, workers=1)
+    assert len(pairs) == 2
+
+    def slip(*_):
+        raise KeyError("a slip")
+
+    monkeypatch.setattr(files.Collate, "__call__", slip)
+    for workers in (0, 1):
+        with pytest.raises(RunError, match=r"failed: (KeyError: )?'a slip'; go on with --resume"):
+            _stream(tmp_path, 1, workers=workers)
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    with pytest.raises(RunError, match="No space left on device; go on with --resume, --workers 0"):
+        _stream(tmp_path, 1, workers=1)
 
 
 def test_streamed_identity_follows_names_and_sizes(tmp_path):

@@ -292,6 +292,28 @@ def test_a_nan_on_one_rank_is_skipped_on_all(tmp_path):
     assert ranks.run(2, nan_on_one, tiny(tmp_path)) == [(1, True)] * 2
 
 
+def endless_nans(rank, config):
+    real = loop.batches
+
+    def poisoned(*arguments):
+        for x, indices in real(*arguments):
+            if rank == 1:
+                x[5] = torch.nan
+                (config.out.parent / "item").write_text(str(int(arguments[0].members[indices[5]])))
+            yield x, indices
+
+    loop.batches = poisoned
+    return go(rank, config)
+
+
+def test_endless_nans_of_a_rank_end_all_and_are_named(tmp_path):
+    first, second = ranks.run(2, endless_nans, tiny(tmp_path / "run", max_skipped=2))
+    item = (tmp_path / "item").read_text()
+    assert first[0] == "RunError" and second[0] == "PeerError"
+    assert first[1].startswith("2 steps in a row gave a loss or gradient that is not finite, the "
+                               f"last with the items {item}: ")
+
+
 def signalled(rank, config):
     if rank == 1:
         real, count = Trainer.train_step, []
@@ -407,7 +429,8 @@ def full_disk(rank, config):
     (go, dict(out="a file"), "UsageError: out is"),
     (other_configuration, {}, "UsageError: num_points is 200 on rank 0 and 201 on rank 1"),
     (no_record, {}, "RunError: no room for the record"),
-    (other_data, {}, "RunError: the training data differs between ranks"),
+    (other_data, {}, "RunError: the training data differs between ranks: {'count': 190, "
+                     "'heldout': 10, 'sha256': "),
     (other_weights, {}, "RunError: the step and the bits of the weights differs"),
     (full_disk, {}, "CheckpointError: the checkpoint of step 6 was not written"),
 ])

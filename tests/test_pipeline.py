@@ -1,5 +1,6 @@
 """The exported pipeline loads in diffusers and is the network that was exported."""
 
+import os
 import stat
 
 import numpy as np
@@ -41,15 +42,22 @@ def test_round_trip(tmp_path, clip):
     assert torch.allclose(loaded.scheduler.betas.double(), schedule.betas, rtol=1e-6, atol=0)
 
 
-def test_files_are_readable_by_all_and_nothing_else_is_left(tmp_path):
-    save_pipeline(make_unet(), NoiseSchedule.linear(10), tmp_path / "pipeline", clip_sample=False)
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_as_readable_as_the_umask_says_and_nothing_else_is_left(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_pipeline(make_unet(), NoiseSchedule.linear(10), tmp_path / "pipeline",
+                      clip_sample=False)
+    finally:
+        os.umask(before)
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
     files = {str(p.relative_to(tmp_path / "pipeline")): stat.S_IMODE(p.stat().st_mode)
              for p in (tmp_path / "pipeline").rglob("*") if p.is_file()}
     assert files == dict.fromkeys(
         ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-         "unet/diffusion_pytorch_model.safetensors"], 0o644)
-    assert stat.S_IMODE((tmp_path / "pipeline").stat().st_mode) == 0o755
+         "unet/diffusion_pytorch_model.safetensors"], 0o666 & ~mask)
+    assert {stat.S_IMODE(p.stat().st_mode)
+            for p in (tmp_path / "pipeline", tmp_path / "pipeline/unet")} == {0o777 & ~mask}
 
 
 def test_pipeline_samples_as_we_do(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,26 @@ def test_the_lock_is_held_until_close(path):
     first.close()
     first.close()
     RunDir.open(path, CONFIG, resume=False).close()
+
+
+def test_a_directory_that_is_gone_is_made_anew(path):
+    with RunDir.open(path, CONFIG, resume=False) as run:
+        run.record(CONFIG, parameters=12)
+        run.append_metrics({"step": 1})
+        assert not run.renew()
+        shutil.rmtree(path)
+        assert run.renew() and not run.renew()
+        run.append_metrics({"step": 2})
+        with pytest.raises(UsageError, match=f"pid {os.getpid()}"):
+            RunDir.open(path, CONFIG, resume=True)
+        assert [line["step"] for line in read_metrics(path / "metrics.jsonl")] == [2]
+        assert json.loads((path / "run.json").read_text())["parameters"] == 12
+        os.rename(path, path.with_name("moved"))
+        start(path)
+        with pytest.raises(UsageError, match="it holds a run"):
+            run.renew()
+    RunDir.open(path, CONFIG, resume=True).close()
+    assert len(read_metrics(path / "metrics.jsonl")) == 3
 
 
 def test_a_refused_resume_leaves_no_lock(path):

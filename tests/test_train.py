@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from robustdm import RunError, UsageError
 from robustdm.cli import guard, parse_train
+from robustdm.data import load_data
+from robustdm.data.base import to_float
 from robustdm.models.mlp import PointMLP
 from robustdm.step import GradientStep
 from robustdm.train import main
 from robustdm.training import loop
-from robustdm.training.checkpoint import load_newest, verify
+from robustdm.training.checkpoint import list_checkpoints, load_newest, save_checkpoint, verify
 from robustdm.training.config import PRESETS, TrainConfig, preset_values
 from robustdm.training.loop import train
 from robustdm.training.memory import (
@@ -277,6 +281,87 @@ def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch):
         quiet(config)
     checkpoint = load_newest(config.out / "checkpoints")
     assert all(torch.isfinite(v).all() for v in checkpoint.tensors["model"].values())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_skipped_step_names_the_picture_it_was(tmp_path, monkeypatch, capsys, resident):
+    (tmp_path / "pictures").mkdir()
+    for k in range(30):
+        pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k:03d}.png")
+    config = tiny(tmp_path, data="images", data_dir=tmp_path / "pictures", holdout=0.2, workers=0,
+                  corrupt_fraction=0.0, steps=12, resident_gib=8.0 if resident else 0.0)
+    real = loop.batches
+
+    def batches(data, config, *rest):
+        for x, indices in real(data, config, *rest):
+            bad = data.members[indices] == item
+            if not isinstance(x, torch.Tensor):
+                x = to_float(x.data[x.items])
+            yield torch.where(bad.view(-1, 1, 1, 1), torch.nan, x), indices
+
+    item = int(load_data(config).members[3])
+    monkeypatch.setattr(loop, "batches", batches)
+    result = quiet(config)
+    said = re.findall(r"step \d+ skipped: .* items (.*)", capsys.readouterr().out)
+    assert said and said == [f"{item:03d}.png"] * result.summary["skipped"]
+
+
+def spoil(config, file):
+    """Write the newest checkpoint anew, sound but for a NaN."""
+    found = load_newest(config.out / "checkpoints")
+    name = next(iter(found.tensors[file]))
+    found.tensors[file][name].view(-1)[0] = torch.nan
+    save_checkpoint(found.path.parent, found.step, found.tensors, found.state)
+    return f"{found.path} is of no use, {name} in {file} is not finite"
+
+
+def test_a_nan_is_neither_loaded(tmp_path):
+    quiet(points(tmp_path))
+    for file in ("model", f"ema_{points(tmp_path).ema_rates[0]}", "optimizer"):
+        config = points(tmp_path, out=tmp_path / file)
+        shutil.copytree(tmp_path / "run", config.out)
+        said = spoil(config, file)
+        with pytest.raises(RunError, match=re.escape(said)):
+            quiet(replace(config, resume=True, steps=8))
+        if file.startswith("ema"):
+            for use in (load_run, lambda out: quiet(points(tmp_path / "new", init_from=str(out)))):
+                with pytest.raises(RunError, match=re.escape(said)):
+                    use(config.out)
+
+
+def test_nor_saved(tmp_path, monkeypatch):
+    real = Trainer.train_step
+
+    def train_step(self, *arguments):
+        real(self, *arguments)
+        if self.step == 3:
+            self.emas[0].model.outlet.bias.data[0] = torch.inf
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    config = points(tmp_path)
+    with pytest.raises(RunError, match=r"after step 4 outlet.bias in ema_\S+ is not finite"):
+        quiet(config)
+    assert [step for step, _ in list_checkpoints(config.out / "checkpoints")] == [2]
+
+
+def test_a_deleted_directory_is_made_anew(tmp_path, monkeypatch, capsys):
+    whole, config = points(tmp_path, out=tmp_path / "whole"), points(tmp_path)
+    quiet(whole)
+    real = Trainer.train_step
+
+    def train_step(self, *arguments):
+        if self.step == 3:
+            shutil.rmtree(config.out)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    quiet(config)
+    assert f"warning: {config.out} was deleted or moved away" in capsys.readouterr().out
+    assert_same_bits(tensors(whole.out), tensors(config.out))
+    found = {str(path.relative_to(config.out)) for path in config.out.rglob("*")}
+    lost = {str(path.relative_to(whole.out)) for path in whole.out.rglob("*")} - found
+    assert all("step-0000000" in name for name in lost), "what it wrote before"
 
 
 def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, capsys):

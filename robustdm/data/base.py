@@ -86,7 +86,11 @@ class Data:
     def names(self, indices: Tensor) -> list[str]:
         """What to call items in messages: their files, or their numbers in the whole set."""
         items = self.members[indices.cpu()].tolist()
-        return [str(item) if self.files is None else self.files[item] for item in items]
+        if self.files is None:
+            return [str(item) for item in items]
+        from robustdm.data.files import printable  # and with it Pillow, which points do without
+
+        return [printable(self.files[item]) for item in items]
 
     def clean(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """(B, *shape) float32: the items without corruption."""
