@@ -103,6 +103,7 @@ def attack(config: AttackConfig) -> dict:
     from robustdm.attacks import TrajectoryAttack, attacked_steps
     from robustdm.baselines import Baseline
     from robustdm.comparison import Comparison, open_runs
+    from robustdm.evaluation import check_out
     from robustdm.training.trainer import resolve_device
 
     if not config.steps_attacked:
@@ -113,6 +114,7 @@ def attack(config: AttackConfig) -> dict:
                          config.phi, config.objective, config.iterations,
                          eot_loss=config.eot_loss)
         for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
+    check_out(config.out)
     generators = open_runs(config.runs, device, config.ema)
     shrunk = None if config.shrink is None else Baseline("shrink", config.shrink)
     rows = [(name if baseline is None else f"{name}, shrunk {config.shrink:g}", generator, baseline)

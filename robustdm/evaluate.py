@@ -121,6 +121,12 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise UsageError(f"give one of --run, --samples and --pipeline, not {len(given)}")
     if config.num < 2:
         raise UsageError(f"num is {config.num}: it takes at least 2 samples")
+    out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
+    evaluation.check_out(out)
+    evaluation.check_metrics(config.metrics)
+    if config.run is None and config.reference is None:
+        raise UsageError("reference is not given: only a run knows its own clean data; name a "
+                         "folder, zip, .npy or .npz")
     device = resolve_device(config.device)
     generator = samples = None
     if config.run is not None:
@@ -136,15 +142,10 @@ def evaluate(config: EvaluateConfig) -> dict:
     baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
                           getattr(corruption, "sigma", None))
     shape = tuple(samples.shape[1:]) if generator is None else generator.shape
-    extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
-    cache = cache_directory()
 
     # The reference first: it is quick to find wrong.
     clean = reference = None
     if config.reference is None:
-        if generator is None or generator.data is None:
-            raise UsageError("reference is not given: only a run knows its own clean data; name a "
-                             "folder, zip, .npy or .npz")
         clean = generator.data.clean(torch.arange(len(generator.data)))
         where = "the run's clean training data"
     else:
@@ -152,14 +153,21 @@ def evaluate(config: EvaluateConfig) -> dict:
         reference = _statistics(config.reference)
         if reference is None:
             clean = read_images(config.reference, "reference")
+    if clean is not None and tuple(clean.shape[1:]) != shape:
+        raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
+                         "bring it to their resolution and channels first")
+    extractor = load_extractor(config.features, shape, config.weights, device, config.quantise)
+    cache = cache_directory()
     if clean is not None:
-        if tuple(clean.shape[1:]) != shape:
-            raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
-                             "bring it to their resolution and channels first")
         reference = evaluation.features_of(extractor, clean, cache).features
     if config.save_reference is not None:
-        (reference if isinstance(reference, FeatureStatistics)
-         else FeatureStatistics.of(reference)).save(config.save_reference)
+        statistics = reference if isinstance(reference, FeatureStatistics) else (
+            FeatureStatistics.of(reference))
+        try:
+            statistics.save(config.save_reference)
+        except OSError as error:
+            raise UsageError(f"save_reference is {str(config.save_reference)!r}: it cannot be "
+                             f"written ({error.strerror})") from None
 
     if generator is not None:
         name = generator.name + ("" if baseline is None else f", {config.baseline}")
@@ -192,7 +200,6 @@ def evaluate(config: EvaluateConfig) -> dict:
     print(text_table(rows))
     if own:
         print(text_table({k: {place: own[place].get(k) for place in own} for k in own["samples"]}))
-    out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
     _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
     print(f"page: {out / 'evaluation.html'}")
     return record

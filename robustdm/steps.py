@@ -78,6 +78,7 @@ def measure_steps(config: StepsConfig) -> dict:
         RunError: if sampling fails.
     """
     from robustdm.comparison import Comparison, open_runs
+    from robustdm.evaluation import check_out
     from robustdm.sampling import timesteps
     from robustdm.training.trainer import resolve_device
 
@@ -85,6 +86,7 @@ def measure_steps(config: StepsConfig) -> dict:
         if not getattr(config, name):
             raise UsageError(f"{name} is empty: give one or more")
     device = resolve_device(config.device)
+    check_out(config.out)
     generators = open_runs(config.runs, device, config.ema)
     ways = [(sampler, spacing, steps) for sampler in dict.fromkeys(config.samplers)
             for spacing in dict.fromkeys(config.spacings)

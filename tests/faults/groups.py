@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import damage, determinism, disks, hostile, interruptions, pictures
+from . import damage, determinism, disks, hostile, interruptions, pictures, usage
 from .campaign import Group
 
 GROUPS = {group.name: group for group in (
@@ -15,6 +15,7 @@ GROUPS = {group.name: group for group in (
     Group("F5", "flipped bits", 200, damage.flip),
     Group("F6", "hostile files", 24, hostile.attack),
     Group("F7", "odd pictures", 40, pictures.look),
+    Group("F8", "wrong usage", 100, usage.misuse),
     Group("F13", "determinism", 50, determinism.repeat),
 )}
 
