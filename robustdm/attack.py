@@ -112,6 +112,7 @@ def _attack(config: AttackConfig, ranks) -> dict:
     from robustdm.attacks import TrajectoryAttack, attacked_steps
     from robustdm.baselines import Baseline
     from robustdm.comparison import Comparison, open_runs
+    from robustdm.evaluation import check_out
     from robustdm.training.trainer import resolve_device
 
     if not config.steps_attacked:
@@ -122,6 +123,9 @@ def _attack(config: AttackConfig, ranks) -> dict:
                          config.phi, config.objective, config.iterations,
                          eot_loss=config.eot_loss)
         for method in dict.fromkeys(config.methods) for share in config.steps_attacked)]
+    with ranks.together():
+        if ranks.main:
+            check_out(config.out)
     generators = open_runs(config.runs, device, config.ema, ranks)
     shrunk = None if config.shrink is None else Baseline("shrink", config.shrink)
     rows = [(name if baseline is None else f"{name}, shrunk {config.shrink:g}", generator, baseline)

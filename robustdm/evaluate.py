@@ -121,7 +121,6 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     from robustdm.baselines import from_flags
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory
-    from robustdm.metrics import FeatureStatistics
     from robustdm.training.progress import sampling_progress
     from robustdm.training.rundir import provenance
     from robustdm.training.trainer import resolve_device
@@ -131,6 +130,14 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         raise UsageError(f"give one of --run, --samples and --pipeline, not {len(given)}")
     if config.num < 2:
         raise UsageError(f"num is {config.num}: it takes at least 2 samples")
+    out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
+    with ranks.together():
+        if ranks.main:
+            evaluation.check_out(out)
+    evaluation.check_metrics(config.metrics)
+    if config.run is None and config.reference is None:
+        raise UsageError("reference is not given: only a run knows its own clean data; name a "
+                         "folder, zip, .npy or .npz")
     device = resolve_device(config.device)
     generator = samples = shape = None
     if config.pipeline is not None:  # of the Hub, it is fetched once
@@ -151,21 +158,21 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         ranks.same_weights("the sum of the weights' bits", generator.model.parameters())
         shape = generator.shape
     shape = ranks.exchange(shape)[0]
-    extractor = evaluation.shared_extractor(ranks, config.features, shape, config.weights, device,
-                                            config.quantise)
-    cache = cache_directory()
 
     # The reference first: it is quick to find wrong.
     clean = reference = None
     with ranks.together():
         if ranks.main:
             clean, reference, where = _reference(config, generator, shape)
+    extractor = evaluation.shared_extractor(ranks, config.features, shape, config.weights, device,
+                                            config.quantise)
+    cache = cache_directory()
     if ranks.exchange(reference is None)[0]:
         reference = evaluation.features_of(extractor, clean, cache, ranks=ranks)
         reference = reference and reference.features
-    if ranks.main and config.save_reference is not None:
-        (reference if isinstance(reference, FeatureStatistics)
-         else FeatureStatistics.of(reference)).save(config.save_reference)
+    with ranks.together():
+        if ranks.main and config.save_reference is not None:
+            _save_reference(reference, config.save_reference)
 
     if generator is not None:
         name = generator.name + ("" if baseline is None else f", {config.baseline}")
@@ -200,10 +207,21 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     print(text_table(rows))
     if own:
         print(text_table({k: {place: own[place].get(k) for place in own} for k in own["samples"]}))
-    out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
     _write(out, record, _page(record, rows, samples, clean, features, reference, extractor))
     print(f"page: {out / 'evaluation.html'}")
     return record
+
+
+def _save_reference(reference, path: Path) -> None:
+    from robustdm.metrics import FeatureStatistics
+
+    statistics = reference if isinstance(reference, FeatureStatistics) else (
+        FeatureStatistics.of(reference))
+    try:
+        statistics.save(path)
+    except OSError as error:
+        raise UsageError(f"save_reference is {str(path)!r}: it cannot be written "
+                         f"({error.strerror})") from None
 
 
 def _reference(config: EvaluateConfig, generator, shape: tuple[int, ...]) -> tuple:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,20 @@ def shared_extractor(ranks: Ranks, *arguments) -> Extractor:
     return extractor
 
 
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise a UsageError for a metric that is not known."""
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f"metrics has {name!r}: choose of {', '.join(METRICS)}")
+
+
+def check_out(out: Path) -> None:
+    """Raise a UsageError if ``out`` cannot be made a folder: what goes there may take hours."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UsageError(f"out is {str(out)!r}: {place} is a file, name a folder")
+
+
 def affordable(shape: tuple[int, ...]) -> int:
     """How many samples of a shape are kept for pictures and the data's own measures: 1 GiB."""
     return max(64, 2**28 // math.prod(shape))
@@ -254,9 +268,7 @@ def measure(
     Raises:
         UsageError: for an unknown metric, or fewer samples than a Frechet distance takes.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f"metrics has {name!r}: choose of {', '.join(METRICS)}")
+    check_metrics(metrics)
     count, dims = features.features.shape
     known = isinstance(reference, FeatureStatistics)
     if "frechet" in metrics:

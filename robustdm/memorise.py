@@ -102,6 +102,8 @@ def memorise(config: MemoriseConfig) -> dict:
         raise UsageError(f"num is {config.num}: it must be at least 1")
     if not 0 < config.blur < 100:
         raise UsageError(f"blur is {config.blur}: it must be positive, in pixels")
+    out = config.out or (Path("runs") if config.run is None else config.run) / "memorise"
+    evaluation.check_out(out)
     device = resolve_device(config.device)
     generator = heldout = None
     if config.run is not None:
@@ -156,7 +158,6 @@ def memorise(config: MemoriseConfig) -> dict:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "provenance": provenance(),
     }
-    out = config.out or (Path("runs") if config.run is None else config.run) / "memorise"
     _write(out, record, rows, found, samples, train, extractor)
     print(f"page: {out / 'memorise.html'}")
     return record

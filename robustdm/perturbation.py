@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
 from robustdm.errors import UsageError
 from robustdm.schedule import NoiseSchedule
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
 
 LAMBDA_MODES = ("ray", "x", "std", "literal")
 
@@ -59,12 +65,15 @@ class Perturbation:
             )
         for name in ("gamma", "lam"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_is_number(value) and value >= 0):
                 raise UsageError(f"{name} is {value}: it must be a finite number, 0 or more")
-        if not math.isfinite(self.omega):
+        if not _is_number(self.omega):
             raise UsageError(f"omega is {self.omega}: it must be a finite number")
-        ends = tuple(self.beta_range)
-        if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
+        try:
+            low, high = self.beta_range
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not (_is_number(low) and _is_number(high) and 0 < low <= high):
             raise UsageError(
                 f"beta_range is {self.beta_range}: give two positive numbers, the lower one first"
             )

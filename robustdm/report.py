@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -411,7 +411,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m robustdm.report``."""
     import argparse
 
@@ -420,7 +420,7 @@ def main() -> None:
         "a training run, from the files in RUN_DIR.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's --out directory")
-    print(write_report(parser.parse_args().run_dir))
+    print(write_report(parser.parse_args(argv).run_dir))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor, name: str = "custom"):
-        betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        try:
+            betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"betas is {betas!r}: it must be a vector of numbers strictly between "
+                             "0 and 1") from None
         if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
             raise UsageError(
                 "betas must be a non-empty vector of numbers strictly between 0 and 1, "

@@ -87,6 +87,7 @@ def measure_steps(config: StepsConfig) -> dict:
 
 def _measure_steps(config: StepsConfig, ranks) -> dict:
     from robustdm.comparison import Comparison, open_runs
+    from robustdm.evaluation import check_out
     from robustdm.sampling import timesteps
     from robustdm.training.trainer import resolve_device
 
@@ -94,6 +95,9 @@ def _measure_steps(config: StepsConfig, ranks) -> dict:
         if not getattr(config, name):
             raise UsageError(f"{name} is empty: give one or more")
     device = resolve_device(config.device)
+    with ranks.together():
+        if ranks.main:
+            check_out(config.out)
     generators = open_runs(config.runs, device, config.ema, ranks)
     ways = [(sampler, spacing, steps) for sampler in dict.fromkeys(config.samplers)
             for spacing in dict.fromkeys(config.spacings)

@@ -107,7 +107,7 @@ def look(config: DataConfig) -> dict:
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(DataConfig)}
     values = {name: getattr(config, name) for name in shared} | dict(
         data_dir=config.path, block_channels=(32,), holdout=0.0, max_bad=1.0,
-        resolution=config.resolution or 32)
+        resolution=32 if config.resolution is None else config.resolution)
     train = TrainConfig(**preset_values("folder") | values)
     path, images = open_images(train)
     sizes = _sizes(images)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.corruption import ItemCorruption
-from robustdm.data.databases import HubStream, sha256_of_files
+from robustdm.data.databases import HubStream, is_hub, sha256_of_files
 from robustdm.data.decode import quiet
 from robustdm.data.files import Collate, Decoded, Pictures, check_quarantine, scan
 from robustdm.data.images import (
@@ -103,6 +103,9 @@ class Beginning:
             UsageError: if there is no such stream, or no images in it.
             RunError: if it cannot be read.
         """
+        if not is_hub(config.data_dir):
+            raise UsageError(f"stream is True, but data_dir is {str(config.data_dir)!r}: only "
+                             "hf:NAME can be streamed, leave --stream out")
         source = HubStream(config.data_dir)
         try:
             contents = list(itertools.islice(source.read(0), HEAD))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -255,13 +256,8 @@ class TrainConfig:
     """Check everything, print the plan and the memory estimate, and stop."""
 
     def __post_init__(self):
-        for name in ("block_channels", "attention_resolutions", "ema_rates", "beta_range",
-                     "freeze", "lora_targets"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("data_dir", "corrupt_with", "out", "config"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value))
+        for name, value in check_fields(vars(self), "").items():
+            object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
@@ -356,7 +352,7 @@ class TrainConfig:
         Raises:
             UsageError: for an unknown field (naming the closest known one) or a wrong type.
         """
-        return cls(**check_fields(values, source))
+        return cls(**check_fields(values, f"{source}: "))
 
 
 # Every preset gives only what differs from the defaults above.
@@ -443,24 +439,32 @@ def load_yaml(path: Path) -> object:
         raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
+@functools.cache
+def _hints() -> dict:
+    return typing.get_type_hints(TrainConfig)
+
+
 def check_fields(values: dict, source: str) -> dict:
     """Convert plain values (of a YAML file, say) to the types of the fields.
+
+    Args:
+        source: what errors begin with.
 
     Raises:
         UsageError: for an unknown field, naming the closest one, or a value of the wrong type.
     """
-    hints = typing.get_type_hints(TrainConfig)
+    hints = _hints()
     checked = {}
     for key, value in values.items():
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for the fields"
-            raise UsageError(f"{source}: unknown field {_short(key)}; {hint}")
+            raise UsageError(f"{source}unknown field {_short(key)}; {hint}")
         try:
             checked[key] = _convert(value, hints[key])
         except (TypeError, ValueError, OverflowError):
             wanted = str(hints[key]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
-            raise UsageError(f"{source}: {key} is {_short(value)}, but must be {wanted}") from None
+            raise UsageError(f"{source}{key} is {_short(value)}, but must be {wanted}") from None
     return checked
 
 
@@ -487,6 +491,8 @@ def _convert(value, wanted):
         return float(value)  # YAML 1.1 reads 1e-4 as a string
     elif wanted is dict and isinstance(value, dict):
         return value
+    elif wanted is str and isinstance(value, Path):
+        return str(value)
     elif wanted is Path and isinstance(value, (str, Path)) and b"\0" not in os.fsencode(value):
         return Path(value)
     elif type(value) is wanted and not (wanted is int and abs(value) >= 1 << 63):

@@ -79,6 +79,7 @@ class Trainer:
         self.ranks = ranks
         lora.check(config, weights is not None)
         self.device = resolve_device(config.device)
+        ops.resolve("noise_perturb", config.backend, self.device, torch.float32)  # or say so now
         self.data = load_data(config) if data is None else data
         self.objective = objective_of(config)
         self.schedule = self.objective.schedule

@@ -14,6 +14,7 @@ from . import (
     numbers,
     pictures,
     ranks,
+    usage,
     workers,
 )
 from .campaign import Group
@@ -26,6 +27,7 @@ GROUPS = {group.name: group for group in (
     Group("F5", "flipped bits", 200, damage.flip),
     Group("F6", "hostile files", 24, hostile.attack),
     Group("F7", "odd pictures", 40, pictures.look),
+    Group("F8", "wrong usage", 100, usage.misuse),
     Group("F9", "NaN and infinity", 30, numbers.poison),
     Group("F10", "lost ranks", 38, ranks.fail, limit=400.0),
     Group("F11", "data workers", 18, workers.fail),
