@@ -80,20 +80,21 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
     Raises:
         UsageError: if there is none, or its network does not predict noise of square images.
     """
-    from diffusers import DDPMPipeline
+    from robustdm.pipeline import schedule_from
+    from robustdm.pretrained import network_of, open_source
 
-    try:
-        pipeline = DDPMPipeline.from_pretrained(name)
-    except Exception as error:  # a missing folder, no network, a broken file, ...
-        text = " ".join(str(error).split())[:160]
-        raise UsageError(f"pipeline is {name!r}: it cannot be loaded ({text})") from None
-    unet = pipeline.unet.to(device).eval().requires_grad_(False)
-    side = unet.config.sample_size
+    # Not by diffusers' own loader: it may run Python files that lie in the folder. Of a pickle,
+    # only tensors are read.
+    source = open_source(name, allow_pickle=True, field="pipeline")
+    if source.format != "diffusers" or source.scheduler is None:
+        raise UsageError(f"pipeline is {name!r}: it is no diffusers pipeline with a scheduler; a "
+                         "run is named by --run")
+    side = source.unet["sample_size"]
     if not isinstance(side, int):
         raise UsageError(f"pipeline is {name!r}: its images are {side}, only square ones work")
-    clip = bool(pipeline.scheduler.config.get("clip_sample", False))
-    return Generator(name, unet, NoiseSchedule.from_diffusers(pipeline.scheduler),
-                     (unet.config.in_channels, side, side), True, clip, None, None)
+    return Generator(name, network_of(source).to(device), schedule_from(source.scheduler),
+                     (source.unet["in_channels"], side, side), True,
+                     source.fields["clip_samples"], None, None)
 
 
 def generate(
