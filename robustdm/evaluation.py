@@ -84,11 +84,13 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
     from robustdm.pipeline import schedule_from
     from robustdm.pretrained import network_of, open_source
 
-    # Not diffusers' own loader: it takes pickles too, and gives old models a wrong number of heads.
+    # Not diffusers' own loader: it takes pickles, may run Python files that lie in the folder, and
+    # gives old models a wrong number of heads.
     source = open_source(name, field="pipeline")
     side = source.unet and source.unet["sample_size"]
     if source.format != "diffusers" or source.scheduler is None:
-        raise UsageError(f"pipeline is {name!r}: it is no diffusers pipeline with a scheduler")
+        raise UsageError(f"pipeline is {name!r}: it is no diffusers pipeline with a scheduler; a "
+                         "run is named by --run")
     if not isinstance(side, int):
         raise UsageError(f"pipeline is {name!r}: its images are {side}, only square ones work")
     return Generator(name, network_of(source).to(device), schedule_from(source.scheduler),

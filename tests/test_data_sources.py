@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 import zlib
 
 import numpy as np
@@ -213,6 +214,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, path, extra)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf'pip install "robustdm\[{extra}\]"'):
         load_data(config(tmp_path / path if path else "hf:somebody/something"))
+
+
+def test_a_version_that_runs_code_of_a_data_set_is_refused(monkeypatch):
+    old = types.SimpleNamespace(__version__="3.6.0", load_dataset=None)
+    monkeypatch.setitem(sys.modules, "datasets", old)
+    with pytest.raises(UsageError, match="datasets 3.6.0 may run code"):
+        load_data(config("hf:somebody/something"))
 
 
 # Streams: any source that gives picture files in order.

@@ -280,6 +280,22 @@ def bad(module, words, *flags, error=UsageError):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipeline_s_own_python_files_are_not_run(digits_run, digits_npz, tmp_path):
+    from robustdm.pipeline import save_pipeline
+    from robustdm.training.run import load_run
+
+    loaded, folder = load_run(digits_run), tmp_path / "pipe"
+    save_pipeline(loaded.model, loaded.schedule, folder, clip_sample=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["evil", "Evil"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "unet" / "evil.py").write_text(
+        f"open({str(tmp_path / 'trap')!r}, 'w')\nfrom diffusers import UNet2DModel as Evil\n")
+    evaluation.open_pipeline(str(folder), "cpu")
+    assert not (tmp_path / "trap").exists()
+    bad(evaluate, "named by --run", "--pipeline", digits_run, "--reference", digits_npz / "x")
+
+
 def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     clean = digits_npz / "clean.npz"
     bad(evaluate, "one of --run, --samples and --pipeline")

@@ -192,11 +192,13 @@ SKELETON = numbered(pretrained._arguments(dict(
     up_block_types=["UpBlock2D", "AttnUpBlock2D"])))
 
 
+OLD = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
 def older(name):
-    """An attention's name as diffusers had it."""
-    for old, new in pretrained._OLD_ATTENTION.items():
-        if "attentions" in name:
-            name = name.replace(f".{new}.", f".{old}.")
+    """A name as diffusers had it."""
+    for new, old in OLD.items():
+        name = name.replace(new, old)
     return name
 
 

@@ -118,6 +118,9 @@ def _open_hub(path: Path, streaming: bool):
     except Exception as error:  # a broken installation raises anything
         raise UsageError(f"data_dir is {str(path)!r}: the package datasets cannot be imported "
                          f'({_line(error)}): pip install "robustdm[data]"') from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise UsageError(f"data_dir is {str(path)!r}: datasets {datasets.__version__} may run code "
+                         'of the set, version 4 never does: pip install "robustdm[data]"')
     if os.path.isdir(name):
         name = os.path.abspath(name)  # else a folder called parquet would be taken for a format
     try:
