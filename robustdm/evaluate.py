@@ -33,6 +33,8 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation",
                                 "inception_score")
     """What to measure; manifold is precision, recall, density and coverage."""
+    allow_pickle: bool = False
+    """pipeline: read pickle files (.bin) too; tensors only, no code is run."""
     features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
                       "dinov2"] = "auto"
     """Feature space: auto is the digits' classifier for 8x8 grey images, else pixels."""
@@ -126,7 +128,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.run is not None:
         generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
     elif config.pipeline is not None:
-        generator = evaluation.open_pipeline(config.pipeline, device)
+        generator = evaluation.open_pipeline(config.pipeline, device, config.allow_pickle)
     else:
         samples = read_images(config.samples, "samples")[: config.num]
     if generator is None and config.baseline != "none":

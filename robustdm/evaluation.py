@@ -74,7 +74,9 @@ def open_run(directory: Path, device: torch.device | str, ema: float | None = No
                      run.config.seed)
 
 
-def open_pipeline(name: str, device: torch.device | str) -> Generator:
+def open_pipeline(
+    name: str, device: torch.device | str, allow_pickle: bool = False
+) -> Generator:
     """The generator of a diffusers DDPM pipeline, a folder or a name on the Hub.
 
     Raises:
@@ -83,9 +85,8 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
     from robustdm.pipeline import schedule_from
     from robustdm.pretrained import network_of, open_source
 
-    # Not by diffusers' own loader: it may run Python files that lie in the folder. Of a pickle,
-    # only tensors are read.
-    source = open_source(name, allow_pickle=True, field="pipeline")
+    # Not by diffusers' own loader, of which some versions run Python files of the folder.
+    source = open_source(name, allow_pickle=allow_pickle, field="pipeline")
     if source.format != "diffusers" or source.scheduler is None:
         raise UsageError(f"pipeline is {name!r}: it is no diffusers pipeline with a scheduler; a "
                          "run is named by --run")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import pickle
+import pickletools
 import re
 import tarfile
 import zlib
@@ -25,6 +27,8 @@ from robustdm.errors import UsageError
 
 _SIDE = 32
 _PIECE = 1 << 20  # bytes of an archive read at once
+# A batch takes a few for each of its images; one of them is a byte that may stand for 64.
+_OPERATIONS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _python_batch(content: bytes, path: Path, name: str, edition: Edition) -> np.ndarray:
     try:
+        operations = itertools.islice(pickletools.genops(content), _OPERATIONS + 1)
+        if sum(1 for _ in operations) > _OPERATIONS:
+            raise ValueError("it makes millions of objects")
         batch = _Unpickler(content).load()
         array = (batch[b"data"] if b"data" in batch else batch["data"]).array
         if array.ndim != 2 or array.shape[1] != 3 * _SIDE * _SIDE:
