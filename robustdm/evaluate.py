@@ -33,6 +33,8 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation",
                                 "inception_score")
     """What to measure; manifold is precision, recall, density and coverage."""
+    allow_pickle: bool = False
+    """pipeline: read pickle files (.bin) too; tensors only, no code is run."""
     features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
                       "dinov2"] = "auto"
     """Feature space: auto is the digits' classifier for 8x8 grey images, else pixels."""
@@ -141,7 +143,8 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     device = resolve_device(config.device)
     generator = samples = shape = None
     if config.pipeline is not None:  # of the Hub, it is fetched once
-        generator = ranks.main_first(lambda: evaluation.open_pipeline(config.pipeline, device))
+        generator = ranks.main_first(
+            lambda: evaluation.open_pipeline(config.pipeline, device, config.allow_pickle))
     with ranks.together():
         if config.run is not None:
             generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)

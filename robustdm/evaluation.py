@@ -75,7 +75,9 @@ def open_run(directory: Path, device: torch.device | str, ema: float | None = No
                      run.config.seed)
 
 
-def open_pipeline(name: str, device: torch.device | str) -> Generator:
+def open_pipeline(
+    name: str, device: torch.device | str, allow_pickle: bool = False
+) -> Generator:
     """The generator of a diffusers DDPM pipeline, a folder or a name on the Hub.
 
     Raises:
@@ -84,9 +86,9 @@ def open_pipeline(name: str, device: torch.device | str) -> Generator:
     from robustdm.pipeline import schedule_from
     from robustdm.pretrained import network_of, open_source
 
-    # Not diffusers' own loader: it takes pickles, may run Python files that lie in the folder, and
-    # gives old models a wrong number of heads.
-    source = open_source(name, field="pipeline")
+    # Not diffusers' own loader: some versions run Python files that lie in the folder, and it gives
+    # old models a wrong number of heads.
+    source = open_source(name, allow_pickle=allow_pickle, field="pipeline")
     side = source.unet and source.unet["sample_size"]
     if source.format != "diffusers" or source.scheduler is None:
         raise UsageError(f"pipeline is {name!r}: it is no diffusers pipeline with a scheduler; a "

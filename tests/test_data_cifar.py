@@ -177,6 +177,11 @@ def test_a_pickle_that_stands_for_far_more_is_refused(tmp_path):
            "stands for more than it is long")
 
 
+def test_a_pickle_of_millions_of_objects_is_refused(tmp_path):
+    bomb = b"\x80\x02" + b"]" * (1 << 22) + b"."
+    _fails(unpack(tmp_path / "x", python_files() | {"data_batch_1": bomb}), "millions of objects")
+
+
 def test_a_header_in_the_archive_is_no_reason_to_read_gigabytes(tmp_path):
     name = tarfile.TarInfo("long")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 28

@@ -1,6 +1,7 @@
 """Evaluation, attacks and memorisation as commands: on random networks, folders and arrays."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -193,6 +194,16 @@ def test_extractors(tmp_path):
     assert made == pytest.approx([-1, 128 / 127.5 - 1, 191 / 127.5 - 1, 1], abs=1e-6)
 
 
+class Trap:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_cifar_resnet_takes_its_published_weights(tmp_path):
     network = features.CifarResNet(3)
     assert sum(p.numel() for p in network.parameters()) == 269_722  # as published
@@ -201,6 +212,10 @@ def test_a_cifar_resnet_takes_its_published_weights(tmp_path):
     made = features.load_extractor("resnet20", (3, 32, 32), tmp_path / "r20.th")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert made(x).features.shape == (2, 64) and made(x).logits.shape == (2, 10)
+    torch.save({"state_dict": Trap(tmp_path / "trap")}, tmp_path / "evil.th")
+    with pytest.raises(UsageError, match="no weights of resnet20"):
+        features.load_extractor("resnet20", (3, 32, 32), tmp_path / "evil.th")
+    assert not (tmp_path / "trap").exists()
     with pytest.raises(UsageError, match="no weights of resnet56"):
         features.load_extractor("resnet56", (3, 32, 32), tmp_path / "r20.th")
     with pytest.raises(UsageError, match="weights is not given"):

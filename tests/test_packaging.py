@@ -146,7 +146,7 @@ def test_the_readme_starts_with_the_two_commands():
     assert '\npip install -e ".[test]" && pytest ' in first_screen
 
 
-@pytest.mark.parametrize("name", ["README.md", *sorted(
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", *sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_documents_name_only_what_exists(name):
     """Every module, preset, flag and file that their commands and links use is there."""
@@ -170,6 +170,28 @@ def test_documents_name_only_what_exists(name):
         assert preset in PRESETS or "|" in preset, preset
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_the_limits_that_security_states_are_those_of_the_code():
+    from PIL import Image
+
+    from robustdm import npz, pretrained
+    from robustdm.data import cifar, decode, files
+    from robustdm.training import checkpoint, config
+
+    text = " ".join((ROOT / "SECURITY.md").read_text().split())
+    for words, value in (
+        ("most {} million pixels", Image.MAX_IMAGE_PIXELS // 10**6),
+        ("more than {} million are decoded one at a time", decode._LARGE // 10**6),
+        ("a row {} MiB", files.MAX_PACKED >> 20), ("aliases, {} KiB", config._YAML_LIMIT >> 10),
+        ("unpacks to {} times its size", npz._MOST), ("(above {} MiB)", npz._SMALL >> 20),
+        ("manifest and a model's JSON have at most {} MiB", checkpoint._MANIFEST_LIMIT >> 20),
+        ("manifest and a model's JSON have at most {} MiB", pretrained._JSON_LIMIT >> 20),
+        ("header in an archive {} MiB", cifar._PIECE >> 20),
+        ("a few times {} MiB", max(e.max_bytes for e in cifar.EDITIONS.values()) >> 20),
+        ("{} million objects", cifar._OPERATIONS >> 20),
+    ):
+        assert words.format(value) in text, words
 
 
 def test_no_file_holds_two_versions_of_a_merge():
