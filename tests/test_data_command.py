@@ -75,6 +75,8 @@ def test_speed_is_that_of_the_training_stream(folder, capsys, flags):
 @pytest.mark.parametrize("argv, message", [
     (["none"], "data_dir is 'none', which does not exist"),
     (["my_pictures", "--seconds", "0"], "seconds is 0"),
+    (["my_pictures", "--resolution", "0"], "resolution is 0: it must be at least 1"),
+    (["my_pictures", "--stream"], "stream is True, but data_dir is 'my_pictures'"),
     (["my_pictures", "--speed", "--device", "cuda:99"], "device is 'cuda:99', which is not here"),
     (["my_pictures", "--preview", "x.nothing"], "preview is 'x.nothing'"),
     (["my_pictures", "--corrupt-kind", "outliers"], "corrupt_with is None"),

@@ -130,6 +130,13 @@ def test_too_many_truncated_files_are_found_while_decoding(tmp_path):
         load_data(config(tmp_path))
 
 
+def test_a_folder_of_nothing_but_broken_files_is_a_wrong_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    for share in (0.01, 1.0):
+        with pytest.raises(UsageError, match="none of its images can be read .a.png: not a"):
+            load_data(config(tmp_path, max_bad=share))
+
+
 def test_a_file_with_the_wrong_suffix_is_read_by_its_content(tmp_path):
     image = Image.new("RGB", (SIDE, SIDE), (10, 200, 30))
     image.save(tmp_path / "really_a_png.jpg", "PNG")

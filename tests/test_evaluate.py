@@ -348,6 +348,8 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
         "--baseline-strength", -1)
     bad(evaluate, "only images can be blurred", "--run", plane_run, "--baseline", "blur")
     bad(evaluate, "how strong the corruption is", "--run", plane_run, "--baseline", "early_stop")
+    bad(evaluate, "save_reference is", "--samples", clean, "--reference", clean, "--features",
+        "pixels", "--save-reference", tmp_path / "no" / "x.npz")
     bad(attack, "runs is empty")
     bad(attack, "steps_attacked is 250", digits_run, "--steps-attacked", 250)
     bad(attack, "phi is 0", digits_run, "--phi", 0.0)
@@ -357,6 +359,28 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     bad(memorise, "train is not given", "--samples", clean)
     bad(memorise, "trained on points", "--run", plane_run)
     bad(memorise, "blur is 0", "--run", digits_run, "--blur", 0)
+
+
+@pytest.mark.parametrize("module", [evaluate, attack, memorise, steps])
+def test_a_place_for_results_is_checked_before_the_work(
+    module, digits_run, digits_npz, tmp_path, monkeypatch
+):
+    def work(*_, **__):
+        raise AssertionError("it began to work")
+
+    for name in ("open_run", "features_of", "measure"):
+        monkeypatch.setattr(evaluation, name, work)
+    monkeypatch.setattr(features, "load_extractor", work)
+    (tmp_path / "file").write_text("x")
+    source = (digits_run,) if module in (attack, steps) else ("--run", digits_run)
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        bad(module, "out is .*: .*file is a file, name a folder", *source, "--out", out)
+    if module is evaluate:
+        bad(module, "metrics has 'fid'", *source, "--metrics", "fid")
+        clean = digits_npz / "clean.npz"
+        np.savez(tmp_path / "wide.npz", samples=np.zeros((80, 1, 16, 16), np.float32))
+        bad(module, "bring it to their resolution", "--samples", clean, "--reference",
+            tmp_path / "wide.npz")
 
 
 def _weights(folder):

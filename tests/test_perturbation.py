@@ -95,7 +95,8 @@ def test_modes_coincide_where_their_formulas_do():
 @pytest.mark.parametrize("field, value", [
     ("lambda_mode", "rays"), ("gamma", -0.1), ("lam", float("nan")), ("lam", -1.0),
     ("omega", float("inf")), ("beta_range", (0.0, 1.0)), ("beta_range", (2.0, 1.0)),
-    ("beta_range", (0.5, float("inf"))),
+    ("beta_range", (0.5, float("inf"))), ("lam", "strong"), ("omega", None), ("gamma", [1]),
+    ("beta_range", 1.0), ("beta_range", (1.0,)), ("beta_range", ("a", "b")),
 ])
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(UsageError, match=field):

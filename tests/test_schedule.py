@@ -67,6 +67,8 @@ def test_at_casts_to_the_batch():
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(UsageError, match="betas"):
         NoiseSchedule(torch.tensor(betas))
+    with pytest.raises(UsageError, match="betas is 'linear': it must be a vector"):
+        NoiseSchedule("linear")
 
 
 def test_wrong_schedulers_are_refused():

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -736,3 +737,16 @@ def test_values_that_only_a_fuzzer_gives(name, value):
     """Each led to another error, or took memory without end."""
     with pytest.raises(UsageError, match=f"{name} is "):
         TrainConfig.from_dict({name: value})
+
+
+@pytest.mark.parametrize("name, value, wanted", [
+    ("batch_size", "many", "int"), ("lr", None, "float"), ("objective", "adv", "'robust_adv'"),
+    ("freeze", "conv_in", "tuple"), ("flip", 1, "bool"), ("out", 3, "Path"),
+])
+def test_types_are_checked_where_no_parser_does_it(name, value, wanted):
+    with pytest.raises(UsageError, match=f"^{name} is {value!r}, but must be .*{wanted}"):
+        TrainConfig(**{name: value})
+    config = TrainConfig(lr=1, block_channels=[8], out="x", init_from=Path("model"))
+    assert (config.lr, config.block_channels, config.out, config.init_from) == (
+        1.0, (8,), Path("x"), "model")
+    assert type(config.lr) is float and type(config.init_from) is str

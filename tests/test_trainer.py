@@ -329,6 +329,12 @@ def test_attention_by_plain_products_in_bf16_on_a_cpu():
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+def test_a_backend_that_is_off_is_refused_before_the_data_are_read(monkeypatch):
+    monkeypatch.setattr("robustdm.training.trainer.load_data", None)
+    with pytest.raises(UsageError, match="backend is 'triton', which is off"):
+        Trainer(images(backend="triton"))
+
+
 def test_xformers_needs_a_gpu():
     with pytest.raises(UsageError, match="attention is 'xformers', but the device is cpu: use"):
         Trainer(images(attention="xformers"))

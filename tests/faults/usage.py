@@ -188,7 +188,7 @@ def _field(trial: Trial) -> Wrong:
         return _misspelt(name, rng)
     value, said = _wrong_value(name, rng)
     as_flag = rng.random() < 0.5 and isinstance(value, (int, float, str)) and not (
-        isinstance(value, bool) or FIELDS[name] is bool or value == "3")
+        isinstance(value, bool) or FIELDS[name] in (bool, tuple) or value == "3")
     if not as_flag:
         Path("wrong.yaml").write_text(yaml.safe_dump({name: value}))
         return Wrong(f"{name}: {value!r} in a file", _trains("--config", "wrong.yaml"),
