@@ -46,6 +46,7 @@ def commands(name):
 def main_of(words, monkeypatch):
     """The function that a command calls, with its arguments in sys.argv."""
     if words[1] == "-m":
+        monkeypatch.syspath_prepend(ROOT)
         found, argv = importlib.import_module(words[2]), words[3:]
         if hasattr(found, "__path__"):
             found = importlib.import_module(f"{words[2]}.__main__")
