@@ -30,7 +30,6 @@ from robustdm.random import shuffled
 from robustdm.report import REDUCED_CONTRAST, write_report
 from robustdm.resident import ResidentBatch
 from robustdm.training.checkpoint import (
-    CheckpointError,
     clean_stale,
     load_newest,
     prune,
@@ -518,14 +517,14 @@ class _Session:
             trainer.check_finite()
         with self.ranks.together() if required else contextlib.nullcontext():
             if self.run_dir is not None:
-                if self.run_dir.renew():
-                    self.warn(f"{self.run_dir.path} was deleted or moved away: it is made anew, "
-                              "without what it held")
-                    self._write_reference()
-                    self._write_quarantine()
                 try:
+                    if self.run_dir.renew():
+                        self.warn(f"{self.run_dir.path} was deleted or moved away: it is made "
+                                  "anew, without what it held")
+                        self._write_reference()
+                        self._write_quarantine()
                     save_checkpoint(self.run_dir.checkpoints, trainer.step, *trainer.state())
-                except CheckpointError as error:
+                except RunError as error:
                     if required:
                         raise
                     # The one before is untouched; the next interval may find room again.
