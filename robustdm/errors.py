@@ -1,6 +1,7 @@
 """The errors a user can cause or meet; each carries the exit code the command line ends with."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 
@@ -40,15 +41,13 @@ def importing(package: str) -> Iterator[None]:
         yield
     except Exception as error:
         root = error
-        while root.__cause__ or root.__context__:
-            root = root.__cause__ or root.__context__
-        place = root.__traceback__
-        while place.tb_next:
-            place = place.tb_next
+        while root.__cause__ is not None:
+            root = root.__cause__
         # A missing one is told by the error, a broken one by where it was raised.
-        missing = root.name if isinstance(root, ModuleNotFoundError) else None
-        broken = missing or place.tb_frame.f_globals.get("__name__", package)
-        broken = broken.partition(".")[0]
+        broken = root.name if isinstance(root, ModuleNotFoundError) else None
+        for frame, _ in traceback.walk_tb(root.__traceback__) if broken is None else ():
+            broken = frame.f_globals.get("__name__")
+        broken = (broken or package).partition(".")[0]
         reason = (str(root).strip().splitlines() or [type(root).__name__])[0][:200]
         raise UsageError(
             f"{package} cannot be imported, for {broken} is broken here ({reason}): install the "

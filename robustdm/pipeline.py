@@ -103,8 +103,7 @@ def save_pipeline(
     variance_type: str = "fixed_large",
     timestep_spacing: str = "leading",
 ) -> None:
-    """Write a network as a diffusers DDPMPipeline (safetensors and JSON), as open to
-    others as the umask lets it be.
+    """Write a network as a diffusers DDPMPipeline, in safetensors and JSON, of modes by the umask.
 
     The pipeline is complete before it takes its place: an interrupted export leaves the old one.
 

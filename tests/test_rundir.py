@@ -158,13 +158,17 @@ def test_a_directory_that_is_gone_is_made_anew(path):
         assert not run.renew()
         shutil.rmtree(path)
         assert run.renew() and not run.renew()
-        run.append_metrics({"step": 2})
         with pytest.raises(UsageError, match=f"pid {os.getpid()}"):
             RunDir.open(path, CONFIG, resume=True)
+        (path / "run.lock").unlink()  # that alone is no reason
+        assert not run.renew()
+        (path / "run.lock").write_text(f"{os.getpid()}\n")
+        run.append_metrics({"step": 2})
         assert [line["step"] for line in read_metrics(path / "metrics.jsonl")] == [2]
         assert json.loads((path / "run.json").read_text())["parameters"] == 12
         os.rename(path, path.with_name("moved"))
         start(path)
+        (path / "run.lock").write_text("1\n")  # of another process
         with pytest.raises(UsageError, match="it holds a run"):
             run.renew()
     RunDir.open(path, CONFIG, resume=True).close()

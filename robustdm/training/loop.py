@@ -30,7 +30,6 @@ from robustdm.random import shuffled
 from robustdm.report import REDUCED_CONTRAST, write_report
 from robustdm.resident import ResidentBatch
 from robustdm.training.checkpoint import (
-    CheckpointError,
     accompany,
     clean_stale,
     load_newest,
@@ -551,14 +550,10 @@ class _Session:
             trainer.check_finite()
         with self.ranks.together() if required else contextlib.nullcontext():
             if self.run_dir is not None:
-                if self.run_dir.renew():
-                    self.warn(f"{self.run_dir.path} was deleted or moved away: it is made anew, "
-                              "without what it held")
-                    self._write_reference()
-                    self._write_quarantine()
                 try:
+                    self._renew()
                     save_checkpoint(self.run_dir.checkpoints, trainer.step, *trainer.state())
-                except CheckpointError as error:
+                except RunError as error:
                     if required:
                         raise
                     # The one before is untouched; the next interval may find room again.
@@ -568,6 +563,19 @@ class _Session:
             elif trainer.sharded:
                 accompany(trainer.state()[0])
         self.saved = time.monotonic()
+
+    def _renew(self) -> None:
+        """Make the run's directory anew if somebody has deleted it."""
+        try:
+            if self.run_dir.renew():
+                self.warn(f"{self.run_dir.path} was deleted or moved away: it is made anew, "
+                          "without what it held")
+                self._write_reference()
+                self._write_quarantine()
+        except RunError:
+            if self.trainer.sharded:  # the other ranks are giving their parts
+                accompany(self.trainer.state()[0])
+            raise
 
     def _finish(self, complete: bool) -> dict:
         """Samples, pipeline, summary and report from what has been trained so far."""

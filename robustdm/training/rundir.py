@@ -149,9 +149,14 @@ class RunDir:
             UsageError: another run has taken its place.
             RunError: it cannot be made.
         """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock), os.stat(self.path / LOCK)):
-                return False
+        try:
+            ours = (self.path / LOCK).read_bytes() == f"{os.getpid()}\n".encode()
+        except (FileNotFoundError, NotADirectoryError):
+            ours = (self.path / CONFIG).exists()  # without the lock alone
+        except OSError:
+            ours = True  # as far as can be told
+        if ours:
+            return False
         config, facts = self._recorded
         new = RunDir.open(self.path, config, resume=False)
         self.close()

@@ -73,7 +73,7 @@ class Job:
         }
         return work(rank)
 
-    def wait(self, limit: float = 120.0) -> list[Done]:
+    def wait(self, limit: float = 300.0) -> list[Done]:
         """How all of them ended."""
         end = time.monotonic() + limit
         return [rank.wait(max(0.1, end - time.monotonic())) for rank in self.ranks]
