@@ -175,7 +175,7 @@ def test_documents_name_only_what_exists(name):
 def test_the_limits_that_security_states_are_those_of_the_code():
     from PIL import Image
 
-    from robustdm import npz, pretrained
+    from robustdm import pretrained, untrusted
     from robustdm.data import cifar, decode, files
     from robustdm.training import checkpoint, config
 
@@ -184,12 +184,14 @@ def test_the_limits_that_security_states_are_those_of_the_code():
         ("most {} million pixels", Image.MAX_IMAGE_PIXELS // 10**6),
         ("more than {} million are decoded one at a time", decode._LARGE // 10**6),
         ("a row {} MiB", files.MAX_PACKED >> 20), ("aliases, {} KiB", config._YAML_LIMIT >> 10),
-        ("unpacks to {} times its size", npz._MOST), ("(above {} MiB)", npz._SMALL >> 20),
+        ("unpacks to {} times its size", untrusted._RATIO),
+        ("(above {} MiB)", untrusted._HARMLESS >> 20),
         ("manifest and a model's JSON have at most {} MiB", checkpoint._MANIFEST_LIMIT >> 20),
         ("manifest and a model's JSON have at most {} MiB", pretrained._JSON_LIMIT >> 20),
-        ("header in an archive {} MiB", cifar._PIECE >> 20),
-        ("a few times {} MiB", max(e.max_bytes for e in cifar.EDITIONS.values()) >> 20),
-        ("{} million objects", cifar._OPERATIONS >> 20),
+        ("header in an archive {} KiB", cifar._MOST_DESCRIPTION >> 10),
+        ("a few times {} MiB", cifar._MOST_BYTES >> 20),
+        ("out of {} million operations", cifar._MOST_OPCODES >> 20),
+        ("header of a safetensors file {} MiB", untrusted._HEADER_LIMIT >> 20),
     ):
         assert words.format(value) in text, words
 
