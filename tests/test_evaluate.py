@@ -231,7 +231,7 @@ def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, cap
     assert [cells[c]["steps attacked"] for c in cells] == [0, 2, 3, 2, 3]
     values = {c: e["results"]["frechet"]["value"] for c, e in cells.items()}
     assert len(set(values.values())) == 5
-    assert record["objective_raised"]["digits0"]["fgsm"]["checked"] == 2
+    assert record["objective_raised"][digits_run.name]["fgsm"]["checked"] == 2
     page = (tmp_path / "out/attack.html").read_text()
     assert page.count("<img") == 6
     both = run(attack, tmp_path / "shrunk", digits_run, "--num", 70, "--steps", 3, "--methods",
@@ -245,7 +245,7 @@ def test_two_runs_are_attacked_side_by_side(digits_run, plane_run, tmp_path, cap
         run(attack, tmp_path / "bad", digits_run, "--shrink", "-1")
     run(attack, tmp_path / "both", plane_run, digits_run, "--num", 70, "--steps", 2, "--methods",
         "eot", "--iterations", 2, "--steps-attacked", 1.0)
-    assert "plane0, eot 100%" in capsys.readouterr().out
+    assert f"{plane_run.name}, eot 100%" in capsys.readouterr().out
     still = run(attack, tmp_path / "none", digits_run, "--num", 70, "--steps", 3, "--size", 0.0,
                 "--methods", "fgsm", "--steps-attacked", 1.0)["entries"]
     assert still[0]["results"] == still[1]["results"]
@@ -259,7 +259,7 @@ def test_fewer_steps(digits_run, plane_run, tmp_path, capsys):
     assert len({e["results"]["frechet"]["value"] for e in record["entries"]}) == 8
     assert (tmp_path / "out/steps.png").exists()
     run(steps, tmp_path / "both", plane_run, digits_run, "--num", 70, "--steps", 2)
-    assert "[4/4] digits0, ddim 2" in capsys.readouterr().out
+    assert f"[4/4] {digits_run.name}, ddim 2" in capsys.readouterr().out
 
 
 def test_memorised_images_are_found(digits_run, digits_npz, tmp_path):
