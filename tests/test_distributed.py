@@ -482,7 +482,8 @@ def test_only_the_job_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeyp
     with pytest.raises(UsageError, match="it holds a run; add --resume"):
         go(0, config)
     monkeypatch.setenv("MASTER_PORT", port)
-    assert go(0, config)[0] == 6
+    assert go(0, config) == (6, None, 0, True)
+    assert go(0, config) == (6, None, 0, False), "nothing is left to do, which is no failure"
     assert mine.port != other.port
 
 

@@ -120,7 +120,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
     begun = f"begun{config.out.absolute()}"
-    if ranks.recall(begun):  # this job has begun the run, before it failed: it goes on
+    again = ranks.recall(begun)
+    if again:  # this job has begun the run, before it failed: it goes on
         config = replace(config, resume=True)
     with ranks.together():
         config = settle(config)
@@ -158,12 +159,16 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
                 trainer.restore(checkpoint)
             new = checkpoint is None
             del checkpoint
-            if trainer.step >= config.steps and _finished_step(config.out) == trainer.step:
+            finished = trainer.step >= config.steps and (
+                _finished_step(config.out) == trainer.step)
+            if finished and not again:
                 raise UsageError(
                     f"the run in {config.out} has done its {trainer.step} steps: raise --steps to "
                     "extend it"
                 )
         trainer.check_ranks()
+        if finished:  # a rank died after its work was done
+            return Result(config.out, trainer.step)
         progress = open_things.enter_context(
             Progress(config.steps, trainer.step, config.batch_size, mode=progress_mode)
         )

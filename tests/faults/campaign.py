@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-LIMIT = 180.0
+LIMIT = 400.0
 """Seconds after which a trial that has not ended counts as a failure."""
 
 

@@ -143,7 +143,7 @@ class Child:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.process, number)
 
-    def wait(self, limit: float = 120.0) -> Done:
+    def wait(self, limit: float = 300.0) -> Done:
         """Wait for the end; who is late is killed, with code -9."""
         end = time.monotonic() + limit
         while True:
@@ -163,7 +163,7 @@ class Child:
                     usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def call(function: Callable[[], int | None], limit: float = 120.0) -> Done:
+def call(function: Callable[[], int | None], limit: float = 300.0) -> Done:
     """Call a function in a forked process and wait for its end."""
     return Child(function).wait(limit)
 
