@@ -52,9 +52,9 @@ def _watch(record: Path, now: dict) -> None:
     """
     real, lines = loop.Trainer.train_step, []
 
-    def train_step(self, *arguments):
+    def train_step(self, *arguments, **options):
         now["step"], before = self.step, _tensors(self)
-        real(self, *arguments)
+        real(self, *arguments, **options)
         after = _tensors(self)
         digest = hashlib.sha256()
         for value in after.values():
@@ -111,8 +111,8 @@ def _in_loss(steps, value: float, whole: bool, now: dict) -> None:
 def _in_gradient(steps, value: float, everywhere: bool, now: dict) -> None:
     real = loop.Trainer._piece
 
-    def piece(self, *arguments):
-        found = real(self, *arguments)
+    def piece(self, *arguments, **options):
+        found = real(self, *arguments, **options)
         if now["step"] in steps:
             for number, gradient in enumerate(found.weights):
                 if everywhere or number == len(found.weights) // 2:
@@ -221,8 +221,8 @@ def _in_memory(what: str, step: int, value: float) -> None:
     """After a step, one number in this process's memory is another."""
     real = loop.Trainer.train_step
 
-    def train_step(self, *arguments):
-        real(self, *arguments)
+    def train_step(self, *arguments, **options):
+        real(self, *arguments, **options)
         if self.step == step:
             if what == "model":
                 tensor = next(self.model.parameters())

@@ -181,7 +181,8 @@ def _kill(trial: Trial, number: int) -> Found:
     took = time.monotonic() - began
     dead = job.ranks[lost].wait()
     named = f"rank {lost} is lost" in rest.last and rest.code == 1 or (
-        launcher and rest.code == -signal.SIGTERM)  # it had not even begun
+        # It had not even begun, or has saved and stopped as it was told.
+        launcher and rest.code in (-signal.SIGTERM, 0))
     reached, sound = last_step(config.out), newest_sound(config.out)
     over = rest.code == 0 and (config.out / "summary.json").exists()
     if number % 2:
@@ -192,8 +193,9 @@ def _kill(trial: Trial, number: int) -> Found:
         how = "with --resume"
     finished = over or all(one.code == 0 and one.clean for one in again)
     same = finished and ending(config.out) == reference.end
-    passed = (same and (named or over) and took <= SECONDS and rest.clean
-              and dead.code == -signal.SIGKILL and reached - sound <= config.checkpoint_every)
+    killed = over or dead.code == -signal.SIGKILL
+    passed = (same and (named or over) and took <= SECONDS and rest.clean and killed
+              and reached - sound <= config.checkpoint_every)
     seen = (f"the other ended after {took:.1f} s with {rest.code}: {rest.last}; step {sound} of "
             f"{reached} saved; {how}: "
             + ("final bits equal" if same else f"final bits differ: {[a.last for a in again]}"))
