@@ -74,7 +74,7 @@ def test_aligned_celeba_is_cropped_about_the_centre_and_averaged():
 def test_pictures_smaller_than_the_crop_are_bad_and_say_why(tmp_path):
     for k in range(3):
         Image.fromarray(IMAGES[k]).save(tmp_path / f"{k}.png")
-    with pytest.raises(RunError, match="0.png .8x8 is smaller than --crop 9"):
+    with pytest.raises(UsageError, match="0.png: 8x8 is smaller than --crop 9"):
         load_data(config(tmp_path, crop=9))
     assert len(load_data(config(tmp_path, crop=8))) == 3
     with pytest.raises(BadImage, match="--crop 9"):

@@ -55,7 +55,7 @@ def test_a_new_run_describes_itself(path):
     assert facts["data"] == {"shape": [1, 8, 8]} and facts["parameters"] == 12
     (session,) = facts["sessions"]
     assert session["versions"]["torch"] == torch.__version__
-    assert "pytest" in session["command"] and session["platform"]
+    assert "python" in session["command"] and session["platform"]
     # What concerned that command alone does not come back with a bare --resume.
     assert TrainConfig.from_dict(read_config(path)) == TrainConfig(lr=2e-5)
 

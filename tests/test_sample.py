@@ -214,7 +214,7 @@ def test_errors_are_one_line(digits_run, tmp_path, capsys):
 def test_a_diverged_run_is_reported_and_nothing_is_written(tmp_path, capsys):
     run = make_run(tmp_path / "run", block_channels=(8, 8), weights=float("nan"))
     assert_one_line(["--run", run, "--out", tmp_path / "out", "--num", 1, "--steps", 2], 1,
-                    "not finite", "--checkpoint", capsys=capsys)
+                    "not finite", "the checkpoint before", capsys=capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -77,10 +77,10 @@ def test_the_window_holds_means_over_its_steps_and_bands():
     original = Trainer.gradients
 
     def spy(self, *args):
-        total, t, fit, reg = original(self, *args)
+        total, norm, t, fit, reg = original(self, *args)
         norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm())
         times.append(t), fits.append(fit), regs.append(reg)
-        return total, t, fit, reg
+        return total, norm, t, fit, reg
 
     trainer.gradients = spy.__get__(trainer)
     x0 = trainer.data.batch(torch.arange(64))
@@ -330,7 +330,11 @@ def test_attention_by_plain_products_in_bf16_on_a_cpu():
 
 
 def test_a_backend_that_is_off_is_refused_before_the_data_are_read(monkeypatch):
+    def off(op, backend, *_):
+        raise UsageError(f"backend is {backend!r}, which is off")
+
     monkeypatch.setattr("robustdm.training.trainer.load_data", None)
+    monkeypatch.setattr("robustdm.ops.resolve", off)
     with pytest.raises(UsageError, match="backend is 'triton', which is off"):
         Trainer(images(backend="triton"))
 

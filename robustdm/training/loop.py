@@ -369,8 +369,9 @@ class _Session:
             stopped = f"--stop-after {config.stop_after}"
         elif "stop" in known:
             stopped = f"--max-time {config.max_time}"
-        # The wish of the step after a save was made before it.
-        return stopped, "save" in known and self.saved_step != self.trainer.step - 1
+        # A step later known, the wish of the step after a save was made before it.
+        late = self.ranks.size > 1 and not at_once and self.saved_step == self.trainer.step - 1
+        return stopped, "save" in known and not late
 
     def _sample(self, sampler: str, steps: int) -> Tensor | None:
         """Samples for a preview or the report; a signal ends them between two steps.

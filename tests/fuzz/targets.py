@@ -234,8 +234,8 @@ def _signed(folder: Path, name: str, content: bytes) -> None:
 
 def _checkpoint_files(step: int, tensors: dict, state: dict) -> dict[str, bytes]:
     """The files of a checkpoint by their path below ``checkpoints``."""
-    found = {f"{name}.safetensors": b"".join(bytes(part) for part in checkpoint._chunks(group))
-             for name, group in tensors.items()}
+    found = {f"{name}.safetensors": b"".join(bytes(part) for part in checkpoint._chunks(
+        group, checkpoint._gathered({name: group}))) for name, group in tensors.items()}
     found[checkpoint.STATE] = json.dumps({**state, "step": step}).encode()
     entries = {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                for name, content in found.items()}
