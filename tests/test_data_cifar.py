@@ -179,7 +179,8 @@ def test_a_pickle_that_stands_for_far_more_is_refused(tmp_path):
 
 def test_a_pickle_of_millions_of_objects_is_refused(tmp_path):
     bomb = b"\x80\x02" + b"]" * (1 << 22) + b"."
-    _fails(unpack(tmp_path / "x", python_files() | {"data_batch_1": bomb}), "would take up the memory")
+    _fails(unpack(tmp_path / "x", python_files() | {"data_batch_1": bomb}),
+           "would take up the memory")
 
 
 def test_a_header_in_the_archive_is_no_reason_to_read_gigabytes(tmp_path):

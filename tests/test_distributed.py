@@ -429,7 +429,8 @@ def full_disk(rank, config):
     (go, dict(out="a file"), "UsageError: out is"),
     (other_configuration, {}, "UsageError: num_points is 200 on rank 0 and 201 on rank 1"),
     (no_record, {}, "RunError: no room for the record"),
-    (other_data, {}, "RunError: the training data differs between ranks: {'count': 190, 'sha256': "),
+    (other_data, {},
+     "RunError: the training data differs between ranks: {'count': 190, 'sha256': "),
     (other_weights, {}, "RunError: the step and the bits of the weights differs"),
     (full_disk, {}, "CheckpointError: the checkpoint of step 6 was not written"),
 ])

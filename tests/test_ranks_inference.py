@@ -208,7 +208,8 @@ def test_what_is_wrong_is_said_once(made):
     cases = [
         ["sample", "--run", "nowhere"], ["sample", "--run", "unet", "--out", "file"],
         ["sample", "--run", "unet", "--steps", "2000", "--out", "new"],
-        ["evaluate", "--samples", "nowhere.npz", "--reference", "clean.npz"], ["evaluate", "--samples", "images.npz"],
+        ["evaluate", "--samples", "nowhere.npz", "--reference", "clean.npz"],
+        ["evaluate", "--samples", "images.npz"],
         ["evaluate", "--samples", "images.npz", "--reference", "clean.npz", "--num", "8",
          "--features", "pixels"],
         ["evaluate", "--run", "unet", "--num", "1"],
