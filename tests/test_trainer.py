@@ -71,7 +71,8 @@ def test_a_step_neither_mixes_devices_nor_waits_for_its_own(
 
 
 def test_the_window_holds_means_over_its_steps_and_bands():
-    config = TrainConfig(**{**preset_values("plane"), **SMALL, "clip_norm": 1e-3})
+    config = TrainConfig(**{**preset_values("plane"), **SMALL, "clip_norm": 1e-3,
+                            "batch_size": 64})
     trainer = Trainer(config)
     fits, regs, times, norms = [], [], [], []
     original = Trainer.gradients

@@ -130,13 +130,15 @@ def decode_pixels(file: BinaryIO) -> np.ndarray:
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-    """A picture of any mode in 1 (L), 3 (RGB) or 4 (RGBA) channels of 8 bits."""
+    """A picture of any mode in 1 (L), 3 (RGB) or 4 (RGBA) channels of 8 bits; it may be closed."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if channels == 4:
         return _in_mode(image, "RGBA")
     if _has_alpha(image):
-        image = _in_mode(image, "RGBA")
+        given, image = image, _in_mode(image, "RGBA")
+        if given is not image:
+            given.close()  # it would be the fourth of its size
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return _in_mode(image, "L" if channels == 1 else "RGB")
 
