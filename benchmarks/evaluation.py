@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from timing import spread
 
-from robustdm.errors import UsageError
 from robustdm.evaluation import Generator, extract, features_of, generate
 from robustdm.features import CifarResNet, Extractor
 from robustdm.metrics import FeatureStatistics
@@ -44,14 +43,7 @@ def run(config, device: torch.device, head: dict) -> dict:
 
     Returns:
         The record, JSON-able.
-
-    Raises:
-        UsageError: for an option of the other suites.
     """
-    for field in ("model", "batch", "steps"):
-        if getattr(config, field) is not None:
-            raise UsageError(f"{field} is {getattr(config, field)!r}: the suite evaluation has "
-                             "none; leave it out")
     begin = time.perf_counter()
     torch.manual_seed(0)
     few = config.tiny

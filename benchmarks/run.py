@@ -48,6 +48,7 @@ TINY_COPY = [2**20]
 # Suites that time whole programs: modules with names(config, device), run(config, device, head),
 # which returns the record, print_record(record) and failures(record).
 PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation, "scaling": scaling}
+OF_A_NETWORK = ("sampling", "step")
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"repeats is {config.repeats}: it must be at least 1")
     gpu = config.suite not in ("cpu", "scaling") and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    if config.suite in PROGRAMS:
-        return run_program(PROGRAMS[config.suite], device, config, argv)
-    for field in ("model", "batch", "steps"):
+    for field in ("model", "batch", "steps") if config.suite not in OF_A_NETWORK else ():
         if getattr(config, field) is not None:
             raise UsageError(f"{field} is {getattr(config, field)!r}: the suite {config.suite} has "
-                             f"none; leave it out, or use --suite {' or '.join(PROGRAMS)}")
+                             f"none; leave it out, or use --suite {' or '.join(OF_A_NETWORK)}")
+    if config.suite in PROGRAMS:
+        return run_program(PROGRAMS[config.suite], device, config, argv)
     cases = select(device, config.only, config.tiny)
     if config.list:
         for case in cases:

@@ -30,7 +30,7 @@ from timing import spread
 
 from robustdm.data import batches
 from robustdm.distributed import ALONE, Ranks, join
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RunError
 from robustdm.tables import text_table
 from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.trainer import WISHES, Trainer
@@ -69,13 +69,8 @@ def run(config, device: torch.device, head: dict) -> dict:
         The record, JSON-able.
 
     Raises:
-        UsageError: for an option of the other suites.
         RunError: if a rank is lost.
     """
-    for field in ("model", "batch", "steps"):
-        if getattr(config, field) is not None:
-            raise UsageError(f"{field} is {getattr(config, field)!r}: the suite scaling has none; "
-                             "leave it out")
     begin = time.perf_counter()
     seconds = 60 * (config.minutes or MINUTES)
     record = {"schema": SCHEMA, **head, "tiny": config.tiny, "ranks": RANKS,

@@ -43,7 +43,7 @@ def open_runs(runs: Sequence[Path], device, ema: float | None,
         found = {name: evaluation.open_run(run, device, ema)
                  for name, run in zip(names_of(runs), runs, strict=True)}
     for name, generator in found.items():
-        ranks.same_weights(f"the sum of the weights' bits of {name}", generator.model.parameters())
+        ranks.same_weights(f"the bits of the weights of {name}", generator.model.parameters())
     return found
 
 

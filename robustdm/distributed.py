@@ -187,7 +187,7 @@ class Ranks:
                 a, b = ({key: found.get(key) for key in changed} for found in (a, b))
             raise (RunError if self.main else PeerError)(
                 f"{what} differs between ranks: {a!r} on rank 0, {b!r} on rank {other}; every rank "
-                "has to see the same files, and the same versions of everything")
+                "needs the same command, files and versions")
 
     def same_weights(self, what: str, weights: Iterable[Tensor], *others) -> None:
         """Raise a RunError unless weights, and other values, are the same on every rank."""

@@ -158,7 +158,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
                               getattr(corruption, "sigma", None))
     if generator is not None:
-        ranks.same_weights("the sum of the weights' bits", generator.model.parameters())
+        ranks.same_weights("the bits of the weights", generator.model.parameters())
         shape = generator.shape
     shape = ranks.exchange(shape)[0]
 

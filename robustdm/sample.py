@@ -115,7 +115,7 @@ def _generate(config: SampleConfig, ranks) -> Path:
             _check_out(out, config.overwrite)
         device = resolve_device(config.device)
         run = load_run(config.run, config.ema, device, config.checkpoint)
-    ranks.same_weights("the step and the sum of the weights' bits", run.model.parameters(),
+    ranks.same_weights("the step and the bits of the weights", run.model.parameters(),
                        run.step)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image

@@ -427,7 +427,8 @@ def full_disk(rank, config):
 @pytest.mark.parametrize("function, changes, expected", [
     (go, dict(batch_size=25), "UsageError: batch_size is 25: it is that of all 2 ranks"),
     (go, dict(out="a file"), "UsageError: out is"),
-    (other_configuration, {}, "UsageError: num_points is 200 on rank 0 and 201 on rank 1"),
+    (other_configuration, {},
+     "RunError: what was asked for differs between ranks: {'num_points': 200} on rank 0, "),
     (no_record, {}, "RunError: no room for the record"),
     (other_data, {},
      "RunError: the training data differs between ranks: {'count': 190, 'sha256': "),

@@ -22,7 +22,7 @@ from robustdm import __version__, images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
 from robustdm.distributed import Ranks, join, supervised
-from robustdm.errors import PeerError, RunError, UsageError
+from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
 from robustdm.pipeline import replacing, save_pipeline
 from robustdm.pretrained import settle
@@ -126,7 +126,7 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
     with ranks.together():
         config = settle(config)
         check_parts(config, ranks.size)
-    check_same_configuration(config, ranks)
+    ranks.same("what was asked for", _asked(config))
     with ranks.together():
         if ranks.main:  # before the data, which may take minutes
             check_use(config.out, config, config.resume)
@@ -196,20 +196,11 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
             return session.run()
 
 
-def check_same_configuration(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise a UsageError, on other ranks than 0 a PeerError, unless all ranks were told the same,
-    but for paths, and have the same versions."""
-    fields = config.to_dict() | {"version of robustdm": __version__,
-                                 "version of torch": torch.__version__}
-    for path in ("out", "data_dir", "corrupt_with", "init_from", "config"):
-        del fields[path]
-    found = ranks.exchange(fields)
-    for rank, other in enumerate(found):
-        for name, value in found[0].items():
-            if other.get(name) != value:
-                raise (UsageError if ranks.main else PeerError)(
-                    f"{name} is {value!r} on rank 0 and {other.get(name)!r} on rank {rank}: start "
-                    "all ranks with the same command and the same versions")
+def _asked(config: TrainConfig) -> dict:
+    """What has to be the same on all ranks: all fields but paths, and versions."""
+    paths = ("out", "data_dir", "corrupt_with", "init_from", "config")
+    fields = {name: value for name, value in config.to_dict().items() if name not in paths}
+    return fields | {"robustdm": __version__, "torch": torch.__version__}
 
 
 def check_parts(config: TrainConfig, ranks: int) -> None:
@@ -262,8 +253,7 @@ class _Session:
         self.compile_s: float | None = None
         self.waited = 0.0
         self.logged = self.started
-        self.line: Callable[[], dict] | None = None
-        self.indices = torch.empty(0, dtype=torch.int64)  # of the last step's batch, this part
+        self.line: tuple[Callable[[], dict], Callable[[], list[str]]] | None = None
         self.wished: Callable[[], set] | None = None
         self.stop_signal: signal.Signals | None = None
 
@@ -306,7 +296,7 @@ class _Session:
         self.logged = time.monotonic()
         while trainer.step < config.steps and stopped is None:
             begin = time.monotonic()
-            x0, self.indices = next(stream)
+            x0, indices = next(stream)
             self.waited += time.monotonic() - begin
             trainer.train_step(x0, self._wishes() if self.ranks.size > 1 else ())
             trainer.elapsed = self.before + time.monotonic() - self.started
@@ -315,12 +305,12 @@ class _Session:
             # got the next step to do.
             at_once = trainer.device.type == "cpu"
             if at_once:
-                self._check_skips(int(trainer.skipped_in_a_row), step)
+                self._check_skips(int(trainer.skipped_in_a_row), step, trainer.to_blame(indices))
             self._write_line()
             stopped, due = self._decide(at_once)
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
-                self._log(sampled)
+                self._log(sampled, indices)
                 if at_once or last or sampled or stopped:
                     self._write_line()
             else:
@@ -419,10 +409,10 @@ class _Session:
             self.lost.append(path.name)
             self.warn(str(error))
 
-    def _check_skips(self, in_a_row: int, step: int) -> None:
+    def _check_skips(self, in_a_row: int, step: int, to_blame: Callable[[], list[str]]) -> None:
         if not in_a_row:
             return
-        items = self.trainer.to_blame(self.indices)
+        items = to_blame()
         named = ", ".join(items[:16]) + (f" and {len(items) - 16} more" if items[16:] else "")
         if self.ranks.main:
             self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
@@ -436,10 +426,10 @@ class _Session:
                     f"{self.config.out / 'checkpoints'}"
                 )
 
-    def _log(self, sampled: bool) -> None:
+    def _log(self, sampled: bool, indices: Tensor) -> None:
         """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
-        self.line = trainer.close_window()
+        self.line = trainer.close_window(), trainer.to_blame(indices)
         now = time.monotonic()
         self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
         self.waited = 0.0
@@ -460,7 +450,7 @@ class _Session:
     def _write_line(self) -> None:
         if self.line is None:
             return
-        read, self.line = self.line, None
+        (read, to_blame), self.line = self.line, None
         record = read() | self.extras
         if self.run_dir is not None:
             self.run_dir.append_metrics(record)
@@ -468,7 +458,7 @@ class _Session:
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
         if self.trainer.device.type != "cpu":
-            self._check_skips(record.get("skipped_in_a_row", 0), record["step"])
+            self._check_skips(record.get("skipped_in_a_row", 0), record["step"], to_blame)
 
     def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
         data, place = self.trainer.data, self.run_dir.samples

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
+from robustdm.sharded import local
 from robustdm.training.checkpoint import STATE, Checkpoint, load_origin
 from robustdm.training.config import TrainConfig
 
@@ -33,11 +36,14 @@ def averaged_weights(
 
 
 def not_finite(tensors: dict[str, dict[str, Tensor]]) -> str | None:
-    """The first tensor, by file, that holds a NaN or an infinity; None if there is none."""
+    """The first tensor, by file, that holds a NaN or an infinity; None if there is none. Of those
+    that lie in parts on the ranks, this rank's part is looked at."""
     for file, group in tensors.items():
-        for name, value in group.items():
-            if not bool(value.isfinite().all()):
-                return f"{name} in {file}"
+        own = {name: local(value) for name, value in group.items() if value.is_floating_point()}
+        own = {name: value for name, value in own.items() if value.numel()}
+        # One wait for the device for a whole file; the largest number overflows nothing.
+        if not bool(torch.nn.utils.get_total_norm(list(own.values()), math.inf).isfinite()):
+            return f"{next(n for n, v in own.items() if not v.isfinite().all())} in {file}"
     return None
 
 

@@ -265,17 +265,23 @@ class Trainer:
         norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total, norm)
         self._record(t, fit, reg, norm, skipped)
 
-    def to_blame(self, indices: Tensor) -> list[str]:
+    def to_blame(self, indices: Tensor) -> Callable[[], list[str]]:
         """Names of the items of the last batch whose loss was not finite; of all of them if every
-        loss was: then it is the gradient.
+        loss was: then it is the gradient. The function returned waits for that step, and for the
+        other ranks.
 
         Args:
             indices: of this rank's part of the batch.
         """
-        bad = indices[~self._finite.cpu()]
-        found = self.ranks.exchange((self.data.names(bad), self.data.names(indices)))
-        return [name for part, _ in found for name in part] or [
-            name for _, part in found for name in part]
+        arriving = to_host(self._finite)
+
+        def names() -> list[str]:
+            bad = indices[~arriving()]
+            found = self.ranks.exchange((self.data.names(bad), self.data.names(indices)))
+            return [name for part, _ in found for name in part] or [
+                name for _, part in found for name in part]
+
+        return names
 
     def agreed(self) -> Callable[[], set]:
         """What any rank wished before the last step, the same on all; the function returned waits

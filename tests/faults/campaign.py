@@ -203,7 +203,10 @@ def _work(group: Group, trial: Trial, writing: int) -> None:
                       "expected": "", "seen": f"{type(error).__name__}: {error}",
                       "verdict": "FAIL"}
         for key in ("fault", "where", "expected", "seen"):
-            values[key] = " ".join(str(values[key]).replace(str(trial.folder), "").split())[:300]
+            text = " ".join(str(values[key]).split())
+            for place in (trial.folder, trial.shared):  # names below them, not where they lie
+                text = text.replace(f"{place}/", "").replace(str(place), "")
+            values[key] = text[:300]
         sys.stdout.flush()
         sys.stderr.flush()
         data = json.dumps(values).encode() + b"\n"

@@ -457,7 +457,7 @@ CASES = (
 def attack(trial: Trial) -> Found:
     """F6: give one of them to a command."""
     case = CASES[trial.number]
-    work = trial.folder / "a" / "b" / "work"
+    work = trial.folder / "a" / "b" / "here"
     work.mkdir(parents=True)
     os.chdir(work)
     os.environ["ROBUSTDM_CACHE"] = str(trial.folder / "cache")
