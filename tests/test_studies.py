@@ -399,7 +399,7 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
     _, arms = finetune.arms(scale, 0.1)
     of = {a.name: a for a in arms}
     budget = 400 * 8
-    assert finetune.shares("robust_adv")[-1] == finetune.LONGER
+    assert finetune.shares("robust_adv") == (*finetune.SHARES, finetune.LONGER)
     for way in finetune.WAYS:
         for share in finetune.shares(way):
             made = of[finetune.row(way, share)]
@@ -407,7 +407,7 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
             assert work == pytest.approx(share * budget, abs=8) and made.start == of["DDPM"].config
             slower = 1.0 if way == finetune.AS_BEFORE else 0.2
             assert made.config.lr == pytest.approx(slower * of["DDPM"].config.lr)
-    for share in finetune.SHARES:
+    for share in (0.02, 0.2):
         both = of[finetune.row(finetune.SAME_TOTAL, share)]
         assert both.start is None
         assert both.config.steps * 8 == pytest.approx(400 * 3 + share * budget, abs=8)
@@ -445,7 +445,7 @@ def test_fine_tuning_of_digits(tmp_path, monkeypatch):
     quick = dict(samples=8, sampling_steps=2)
     monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
                                                                            **quick))
-    monkeypatch.setattr(finetune, "SHARES", (0.2,))
+    monkeypatch.setattr(finetune, "SHARES", (0.1, 0.2))
     monkeypatch.setattr(finetune, "SHRUNK_SWEEP", (0.1, 0.3))
     monkeypatch.setattr(finetune, "THEN_SHRUNK", (0.1,))
     monkeypatch.setattr(finetune, "TO_THE_END", ("robust_adv",))

@@ -28,7 +28,7 @@ from robustdm.training.config import TrainConfig, preset_values
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 LONGER = 0.5
-"""One share more, of ``TO_THE_END`` alone: it costs as much as all others together."""
+"""One share more, of ``TO_THE_END`` alone: it costs more than the others together."""
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"
 SAME_TOTAL = "robust_adv from scratch, same total cost"
 CONTINUED = "DDPM continued"
@@ -42,7 +42,8 @@ WAYS = {
     AS_BEFORE: METHODS["robust_adv"],
 }
 TO_THE_END = ("robust_adv", "outward_ran")
-"""Ways that are followed to where they meet training from scratch."""
+"""Ways that are followed to where they meet training from scratch; the others, and training from
+scratch for the same total cost, are tried for the smallest and the largest of ``SHARES``."""
 THEN_SHRUNK = (0.03, 0.1, 0.3)
 """Strengths at which ``TO_THE_END``, fine-tuned for the smallest share, are also shrunk."""
 SLOWER = 0.2
@@ -52,8 +53,8 @@ NEAR = 1.1
 
 
 def shares(way: str) -> tuple[float, ...]:
-    """Shares of the budget for which a way of going on is tried."""
-    return (*SHARES, LONGER) if way in TO_THE_END else SHARES
+    """Shares of the budget for which a way is tried."""
+    return (*SHARES, LONGER) if way in TO_THE_END else (SHARES[0], SHARES[-1])
 
 
 def row(way: str, share: float, lam: float = 0.0) -> str:
@@ -81,7 +82,7 @@ def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
                     made += [dataclasses.replace(made[-1], name=row(way, share, lam),
                                                  baseline=Baseline("shrink", lam))
                              for lam in THEN_SHRUNK]
-        for share in SHARES:
+        for share in shares(SAME_TOTAL):
             both = dataclasses.replace(whole, name=row(SAME_TOTAL, share))
             made.append(_lasting(both, spent + share * budget, None))
     return group, made
@@ -137,7 +138,7 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
                for way in TO_THE_END for lam in THEN_SHRUNK]
     claims += [ratio_claim(f"{row('robust_adv', share)}: noise left / robust_adv from scratch for "
                            "what both trainings cost", values(row("robust_adv", share), noise),
-                           values(row(SAME_TOTAL, share), noise)) for share in SHARES]
+                           values(row(SAME_TOTAL, share), noise)) for share in shares(SAME_TOTAL)]
     if scale.features:
         found = {name: values(name, "frechet") for name in (
             row("robust_adv", 0.2), row(CONTINUED, 0.2), SCRATCH)}
