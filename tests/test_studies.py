@@ -399,7 +399,7 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
     _, arms = finetune.arms(scale, 0.1)
     of = {a.name: a for a in arms}
     budget = 400 * 8
-    assert finetune.shares("robust_adv") == (*finetune.SHARES, finetune.LONGER)
+    assert finetune.shares("robust_adv") == (0.02, 0.05, 0.1, 0.2)
     for way in finetune.WAYS:
         for share in finetune.shares(way):
             made = of[finetune.row(way, share)]
@@ -407,10 +407,9 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
             assert work == pytest.approx(share * budget, abs=8) and made.start == of["DDPM"].config
             slower = 1.0 if way == finetune.AS_BEFORE else 0.2
             assert made.config.lr == pytest.approx(slower * of["DDPM"].config.lr)
-    for share in (0.02, 0.2):
-        both = of[finetune.row(finetune.SAME_TOTAL, share)]
-        assert both.start is None
-        assert both.config.steps * 8 == pytest.approx(400 * 3 + share * budget, abs=8)
+    both = of["robust_adv from scratch, same total cost, 20%"]
+    assert both.start is None
+    assert both.config.steps * 8 == pytest.approx(400 * 3 + 0.2 * budget, abs=8)
     tuned = of["robust_adv, 10%"]
     assert tuned.started_from.training_key == of["DDPM"].training_key
     assert replace(tuned, start=None).training_key != tuned.training_key
@@ -432,12 +431,11 @@ def test_fine_tuning_starts_from_the_pretrained_weights(arm, tmp_path):
 
 
 def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "SHARES", (0.1, 0.2))
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 8 + 2 * 7 + 2 + 6 + 2 and page.count("<img") == 1
+    assert len(rows) == 6 + (1 + 4 + 4 + 2 + 1) + 4 + 1 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * (2 * 5 + 2) + 2 * 4 + 2 + 6 + 2 + 2 and "23.3" in page
+    assert len(claims) == 2 * (4 + 4 + 2 + 1) + (4 + 4 + 2) + 4 + 1 + 2 and "23.3" in page
 
 
 def test_fine_tuning_of_digits(tmp_path, monkeypatch):
@@ -446,9 +444,8 @@ def test_fine_tuning_of_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(scales.Scale, "arm", lambda self, *a, **k: replace(arm(self, *a, **k),
                                                                            **quick))
     monkeypatch.setattr(finetune, "SHARES", (0.1, 0.2))
-    monkeypatch.setattr(finetune, "SHRUNK_SWEEP", (0.1, 0.3))
-    monkeypatch.setattr(finetune, "THEN_SHRUNK", (0.1,))
-    monkeypatch.setattr(finetune, "TO_THE_END", ("robust_adv",))
+    monkeypatch.setattr(finetune, "SHRUNK", (0.1,))
+    monkeypatch.setattr(finetune, "THEN_SHRUNK", {"robust_adv": (0.1,)})
     monkeypatch.setattr(finetune, "WAYS", {n: finetune.WAYS[n] for n in ("DDPM continued",
                                                                          "robust_adv")})
     arms, claims, page = paper_study("finetune-digits", tmp_path, monkeypatch, steps=2)
@@ -456,7 +453,7 @@ def test_fine_tuning_of_digits(tmp_path, monkeypatch):
     assert "90 % with sigma 0.2" in {a["group"] for a in arms} and "noise_rms" in page
     assert noisy["training data"]["noise_rms"] == pytest.approx(0.19, abs=0.03)
     assert noisy["robust_adv, 20%"] != noisy["DDPM continued, 20%"]
-    assert noisy["robust_adv, 20%"] != noisy["robust_adv, 20%, shrunk 0.1"]
+    assert noisy["robust_adv, 10%"] != noisy["robust_adv, 10%, shrunk 0.1"]
 
 
 def test_calibration(tmp_path, monkeypatch, capsys):

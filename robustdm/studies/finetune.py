@@ -21,14 +21,12 @@ from robustdm.studies.approximations import units
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.denoising import sheet
 from robustdm.studies.page import write_page
-from robustdm.studies.runner import SHRUNK_SWEEP, Arm, baseline_arms, summarise
+from robustdm.studies.runner import Arm, baseline_arms, summarise
 from robustdm.studies.scales import METHODS, Scale, corrupted
 from robustdm.studies.tradeoff import equal_signal_claim
 from robustdm.training.config import TrainConfig, preset_values
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
-LONGER = 0.5
-"""One share more, of ``TO_THE_END`` alone: it costs more than the others together."""
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"
 SAME_TOTAL = "robust_adv from scratch, same total cost"
 CONTINUED = "DDPM continued"
@@ -37,15 +35,20 @@ WAYS = {
     CONTINUED: METHODS["DDPM"],
     "robust_adv": METHODS["robust_adv"],
     "outward_ran": dict(objective="outward_ran", lambda_mode="ray"),
-    "robust_ran": METHODS["robust_ran"],
     "robust_adv, reg_fraction 0.25": METHODS["robust_adv"] | dict(reg_fraction=0.25),
     AS_BEFORE: METHODS["robust_adv"],
 }
-TO_THE_END = ("robust_adv", "outward_ran")
-"""Ways that are followed to where they meet training from scratch; the others, and training from
-scratch for the same total cost, are tried for the smallest and the largest of ``SHARES``."""
-THEN_SHRUNK = (0.03, 0.1, 0.3)
-"""Strengths at which ``TO_THE_END``, fine-tuned for the smallest share, are also shrunk."""
+FEWER_SHARES = {
+    CONTINUED: SHARES[-1:],
+    SAME_TOTAL: SHARES[-1:],
+    "robust_adv, reg_fraction 0.25": (SHARES[0], SHARES[-1]),
+    AS_BEFORE: SHARES[1:2],
+}
+"""Where the question is not how much is enough: the study is to end within a quarter of an hour."""
+SHRUNK = (0.03, 0.1, 0.2, 0.3)
+"""Strengths at which the DDPM is shrunk, to compare others with one of the same signal."""
+THEN_SHRUNK = {"robust_adv": (0.03, 0.1), "outward_ran": (0.03, 0.1)}
+"""Strengths at which these, fine-tuned for the smallest share, are also shrunk."""
 SLOWER = 0.2
 """Learning rate of fine-tuning over that of the first training, but for ``AS_BEFORE``."""
 NEAR = 1.1
@@ -54,7 +57,7 @@ NEAR = 1.1
 
 def shares(way: str) -> tuple[float, ...]:
     """Shares of the budget for which a way is tried."""
-    return (*SHARES, LONGER) if way in TO_THE_END else (SHARES[0], SHARES[-1])
+    return FEWER_SHARES.get(way, SHARES)
 
 
 def row(way: str, share: float, lam: float = 0.0) -> str:
@@ -71,17 +74,17 @@ def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
         budget = units(whole.config) * whole.config.steps
         spent = units(plain.config) * plain.config.steps
         made += [plain, whole,
-                 *(a for a in baseline_arms(plain, 0.0, SHRUNK_SWEEP) if "shrunk" in a.name)]
+                 *(a for a in baseline_arms(plain, 0.0, SHRUNK) if "shrunk" in a.name)]
         for way, fields in WAYS.items():
             rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
             for share in shares(way):
                 tuned = scale.arm(group, row(way, share), fields | corrupted(sigma) | dict(lr=rate),
                                   seed)
                 made.append(_lasting(tuned, share * budget, plain.config))
-                if way in TO_THE_END and share == SHARES[0]:
+                if share == SHARES[0]:
                     made += [dataclasses.replace(made[-1], name=row(way, share, lam),
                                                  baseline=Baseline("shrink", lam))
-                             for lam in THEN_SHRUNK]
+                             for lam in THEN_SHRUNK.get(way, ())]
         for share in shares(SAME_TOTAL):
             both = dataclasses.replace(whole, name=row(SAME_TOTAL, share))
             made.append(_lasting(both, spent + share * budget, None))
@@ -135,7 +138,7 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
     claims += [equal_signal_claim(records, group, row(way, share), noise, kept)
                for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
     claims += [equal_signal_claim(records, group, row(way, SHARES[0], lam), noise, kept)
-               for way in TO_THE_END for lam in THEN_SHRUNK]
+               for way, strengths in THEN_SHRUNK.items() for lam in strengths]
     claims += [ratio_claim(f"{row('robust_adv', share)}: noise left / robust_adv from scratch for "
                            "what both trainings cost", values(row("robust_adv", share), noise),
                            values(row(SAME_TOTAL, share), noise)) for share in shares(SAME_TOTAL)]
@@ -195,7 +198,7 @@ def _figure(scale: Scale, group: str, rows: dict):
                        label=name)
         ax.set(xlabel="share of the work from scratch, %", title=measure, xscale="log",
                yscale="log" if measure == scale.noise else "linear")
-        ticks = [100 * share for share in (*SHARES, LONGER)]
+        ticks = [100 * share for share in SHARES]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     axes[0, 0].legend(fontsize=5)
