@@ -415,9 +415,9 @@ def test_fine_tuning_spends_the_same_work(tmp_path):
     assert replace(tuned, start=None).training_key != tuned.training_key
     longer = replace(tuned, start=replace(tuned.start, steps=500))
     assert longer.key != tuned.key, "other weights to start from"
-    shrunk = of["robust_adv, 2%, shrunk 0.1"]
+    shrunk = of["robust_adv, 2%, shrunk 0.03"]
     assert shrunk.training_key == of["robust_adv, 2%"].training_key
-    assert (shrunk.baseline.method, shrunk.baseline.strength) == ("shrink", 0.1)
+    assert (shrunk.baseline.method, shrunk.baseline.strength) == ("shrink", 0.03)
 
 
 def test_fine_tuning_starts_from_the_pretrained_weights(arm, tmp_path):
@@ -433,9 +433,9 @@ def test_fine_tuning_starts_from_the_pretrained_weights(arm, tmp_path):
 def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
-    assert len(rows) == 6 + (1 + 4 + 4 + 2 + 1) + 4 + 1 + 2 and page.count("<img") == 1
+    assert len(rows) == 6 + (1 + 4 + 4 + 2 + 1) + 1 + 1 + 2 and page.count("<img") == 1
     assert "within 10 % of from-scratch in the mean from a share of" in page
-    assert len(claims) == 2 * (4 + 4 + 2 + 1) + (4 + 4 + 2) + 4 + 1 + 2 and "23.3" in page
+    assert len(claims) == 2 * (4 + 4 + 2 + 1) + (4 + 4 + 2) + 1 + 1 + 2 and "23.3" in page
 
 
 def test_fine_tuning_of_digits(tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_fine_tuning_of_digits(tmp_path, monkeypatch):
                                                                            **quick))
     monkeypatch.setattr(finetune, "SHARES", (0.1, 0.2))
     monkeypatch.setattr(finetune, "SHRUNK", (0.1,))
-    monkeypatch.setattr(finetune, "THEN_SHRUNK", {"robust_adv": (0.1,)})
+    monkeypatch.setattr(finetune, "THEN_SHRUNK", {"robust_adv": 0.1})
     monkeypatch.setattr(finetune, "WAYS", {n: finetune.WAYS[n] for n in ("DDPM continued",
                                                                          "robust_adv")})
     arms, claims, page = paper_study("finetune-digits", tmp_path, monkeypatch, steps=2)
