@@ -1,7 +1,7 @@
 """A diffusers and accelerate training script, made robust by three lines (marked "robustdm").
 
     python examples/diffusers_training.py --steps 500
-    python examples/diffusers_training.py --images my_pictures --resolution 32 --steps 20000
+    accelerate launch examples/diffusers_training.py --images my_pictures --steps 20000
 
 Without --images it trains on scikit-learn's digits, to which it adds noise. Needs accelerate
 (pip install accelerate).
@@ -9,6 +9,7 @@ Without --images it trains on scikit-learn's digits, to which it adds noise. Nee
 
 import argparse
 from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +24,25 @@ import robustdm  # robustdm, line 1
 
 
 def train(
-    unet: UNet2DModel, scheduler: DDPMScheduler, batches: Iterable[torch.Tensor], lr: float = 2e-4,
-    warmup: int = 0,
+    unet: UNet2DModel, scheduler: DDPMScheduler, batches: Iterable[torch.Tensor], steps: int,
+    lr: float = 2e-4, warmup: int = 0,
 ) -> Iterator[float]:
-    """Train on batches (B, C, H, W) in [-1, 1]; yields the loss of every step."""
+    """Train on batches (B, C, H, W) in [-1, 1], again and again; yields the loss of every step."""
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(unet.parameters(), lr, weight_decay=0.0)
     rate = get_constant_schedule_with_warmup(optimizer, warmup)
-    unet, optimizer, rate = accelerator.prepare(unet, optimizer, rate)
+    unet, optimizer, rate, batches = accelerator.prepare(unet, optimizer, rate, batches)
     schedule = robustdm.NoiseSchedule.from_diffusers(scheduler)
     objective = robustdm.Objective("robust_adv", schedule)  # robustdm, line 2
     unet.train()
-    for step, x0 in enumerate(batches):
+    for step, x0 in zip(range(steps), chain.from_iterable(repeat(batches)), strict=False):
         x0 = x0.to(accelerator.device)
         # What stood here:
         #   noise = torch.randn_like(x0)
         #   t = torch.randint(len(schedule), (len(x0),), device=x0.device)
         #   loss = F.mse_loss(unet(scheduler.add_noise(x0, noise, t), t).sample, noise)
-        draw = objective.draw(x0, seed=0, step=step)
+        first = accelerator.process_index * len(x0)  # each process draws numbers of its own
+        draw = objective.draw(x0, seed=0, step=step, first_index=first)
         loss = objective(unet, x0, draw).total  # robustdm, line 3
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(unet.parameters(), 1.0)
@@ -90,22 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     scheduler = DDPMScheduler(num_train_timesteps=1000, clip_sample=False)
+    if len(data) < args.batch_size:
+        parser.error(f"--batch-size is {args.batch_size}, but there are {len(data)} images")
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
-
-    def endless() -> Iterator[torch.Tensor]:
-        count = 0
-        while True:
-            for batch in loader:
-                if count == args.steps:
-                    return
-                yield batch
-                count += 1
-
-    for step, loss in enumerate(train(unet, scheduler, endless(), warmup=args.steps // 10)):
-        if step % 50 == 0 or step == args.steps - 1:
+    losses = train(unet, scheduler, loader, args.steps, warmup=args.steps // 10)
+    main_process = Accelerator().is_main_process
+    for step, loss in enumerate(losses):
+        if main_process and (step % 50 == 0 or step == args.steps - 1):
             print(f"step {step}: loss {loss:.4f}", flush=True)
-    DDPMPipeline(unet, scheduler).save_pretrained(args.out)
-    print(f"pipeline: {args.out}")
+    if main_process:
+        DDPMPipeline(unet, scheduler).save_pretrained(args.out)
+        print(f"pipeline: {args.out}")
 
 
 if __name__ == "__main__":

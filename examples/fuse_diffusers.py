@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DModel
 
 import robustdm
+from robustdm.pretrained import network_of, open_source
 
 
 def step(unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.model:
-        unet = UNet2DModel.from_pretrained(args.model)
+        # Not from_pretrained: of a config.json as old as ddpm-cifar10-32's it makes other heads.
+        unet = network_of(open_source(args.model, field="--model")).train().requires_grad_(True)
     else:
         levels = len(args.channels)
         unet = UNet2DModel(
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     stock = unet.to(device, memory_format=torch.channels_last)
     fused = robustdm.fuse(copy.deepcopy(stock))
 
-    side, channels = stock.config.sample_size, stock.config.in_channels
+    side, channels = stock.config.sample_size or args.side, stock.config.in_channels
     x = torch.randn(args.batch_size, channels, side, side, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.randint(1000, (args.batch_size,), device=device)

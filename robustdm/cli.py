@@ -53,6 +53,9 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
+_UNTOLD = {"resolution": "the size of its images", "schedule": "its noise schedule"}
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     """Configuration of a training run: preset, then YAML file, then flags.
 
@@ -71,10 +74,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     first.add_argument("--config")
     first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
+    for name in _UNTOLD:
+        first.add_argument(f"--{name}")
     try:
         known, _ = first.parse_known_args(argv)
     except argparse.ArgumentError:
-        known = argparse.Namespace(preset=None, config=None, out=None, resume=False)
+        known = argparse.Namespace(preset=None, config=None, out=None, resume=False,
+                                   **dict.fromkeys(_UNTOLD))
     values: dict = {}
     if known.resume:
         from robustdm.training.rundir import read_config
@@ -112,10 +118,15 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
                          ".pt")
     if config.init_from is None or config.resume:
         return config
-    from robustdm.pretrained import check_settled, settle
+    from robustdm.pretrained import check_settled, settle, untold
 
     settled = settle(config)
     # Again, over the model's values: so far, preset and flags were one.
     config = parse(TrainConfig.from_dict({**settled.to_dict(), **file}, str(known.config)))
     check_settled(config, settled)
+    given = {*file, *preset_values(str(name)), *(k for k in _UNTOLD if getattr(known, k))}
+    for field in untold(settled):
+        if field not in given:
+            raise UsageError(f"{field} is not given: init_from is {config.init_from!r}, which does "
+                             f"not tell {_UNTOLD[field]}; give --{field}, as it was trained with")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import RunError, UsageError
+from robustdm.training.config import LARGEST
 
 TOLERANCE = 1e-4
 """Largest relative difference between the outputs of two formats that rounding explains."""
@@ -37,8 +39,8 @@ class ConvertConfig:
     """Side of the images in pixels, where IN does not tell (improved-diffusion)."""
     schedule: Literal["linear", "cosine"] | None = None
     """Noise schedule, where IN does not tell (improved-diffusion)."""
-    timesteps: int = 1000
-    """Its length."""
+    timesteps: int | None = None
+    """Its length, 1000 if not given."""
     rescale_timesteps: bool = True
     """improved-diffusion with other than 1000 timesteps: its network was told t * 1000 / timesteps,
     as is the default there, and not t."""
@@ -76,12 +78,19 @@ def convert(config: ConvertConfig) -> float | None:
         raise UsageError(f"out is {str(config.out)!r}: name a directory (a diffusers pipeline) or "
                          "a file ending in .pt (improved-diffusion)")
 
+    if config.timesteps is not None and not 1 <= config.timesteps <= LARGEST["timesteps"]:
+        raise UsageError(f"timesteps is {config.timesteps}: it must be from 1 to "
+                         f"{LARGEST['timesteps']}")
+
+    from safetensors import SafetensorError
+
     from robustdm.pipeline import save_pipeline
-    from robustdm.pretrained import describe, difference, network_of, open_source
+    from robustdm.pretrained import describe, network_of, open_source
 
     source = open_source(
         config.source, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
-        resolution=config.resolution or 32, timesteps=config.timesteps,
+        resolution=32 if config.resolution is None else config.resolution,
+        timesteps=1000 if config.timesteps is None else config.timesteps,
         rescale_timesteps=config.rescale_timesteps, ema=config.ema, field="source",
     )
     to_file = config.out.suffix == ".pt"
@@ -96,13 +105,27 @@ def convert(config: ConvertConfig) -> float | None:
                 network_of(source), schedule, config.out, variance_type=source.variance_type,
                 clip_sample=source.fields.get("clip_samples", True),
             )
-    except OSError as error:
-        raise RunError(f"out is {str(config.out)!r}: it was not written ({error.strerror})"
-                       ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two of a full disk, too
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"out is {str(config.out)!r}: it was not written ({why})") from error
     print("\n".join(describe(source, schedule)))
     print(f"written to {config.out}")
     if not config.verify:
         return None
+    try:
+        return _verify(source, schedule, heads, config)
+    except BaseException:
+        if to_file:
+            config.out.unlink()
+        else:
+            shutil.rmtree(config.out)
+        raise
+
+
+def _verify(source, schedule, heads: int | None, config: ConvertConfig) -> float:
+    """The largest difference between the outputs of IN and OUT."""
+    from robustdm.pretrained import difference, network_of, open_source
+
     table = source.unet["num_train_timesteps"]
     written = open_source(
         str(config.out), allow_pickle=True, num_heads=heads, timesteps=table or 1000, field="out"
@@ -114,7 +137,8 @@ def convert(config: ConvertConfig) -> float | None:
                                 len(schedule or ()) or 1000)
     text = f"largest difference {found:.2g}, of outputs up to {largest:.2g}"
     if not found <= TOLERANCE * max(1.0, largest):
-        raise RunError(f"{config.out} does not compute what {config.source} does: {text}")
+        raise RunError(f"{config.out} does not compute what {config.source} does: {text}; it "
+                       "was removed")
     print(f"verified: {text}")
     return found
 
@@ -129,6 +153,8 @@ def _check(source, config: ConvertConfig, to_file: bool) -> None:
     sized = source.format != "improved-diffusion"
     if told and config.schedule is not None:
         refuse("it tells its noise schedule itself; leave --schedule out")
+    if told and config.timesteps is not None:
+        refuse("it tells the length of its noise schedule itself; leave --timesteps out")
     if sized and config.resolution is not None:
         refuse("it tells the size of its images itself; leave --resolution out")
     if to_file and not sized:
@@ -151,7 +177,7 @@ def _schedule(source, config: ConvertConfig):
     if kind is None:
         return None
     make = NoiseSchedule.cosine if kind == "cosine" else NoiseSchedule.linear
-    return make(source.fields.get("timesteps", config.timesteps))
+    return make(source.fields.get("timesteps", config.timesteps or 1000))
 
 
 def _write_improved(source, out: Path) -> int:

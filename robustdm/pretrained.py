@@ -112,10 +112,16 @@ def open_source(
     """
     path = Path(name).expanduser()
     try:
+        is_run = (path / "config.yaml").is_file()
+        if ema is not None and not is_run:
+            raise UsageError(f"ema is {ema}, but only a run has averages to choose from: leave it "
+                             "out")
+        if num_heads is not None and is_run:
+            raise UsageError(f"num_heads is {num_heads}, but a run tells it itself: leave it out")
         if path.is_file():
             table = timesteps if rescale_timesteps and timesteps != 1000 else None
             return _open_file(name, path, allow_pickle, num_heads, resolution, table)
-        if (path / "config.yaml").is_file():
+        if is_run:
             return _open_run(name, path, ema)
         if path.is_dir():
             return _open_diffusers(name, path, allow_pickle, num_heads)
@@ -152,12 +158,21 @@ def settle(config: TrainConfig) -> TrainConfig:
 
 def check_settled(config: TrainConfig, settled: TrainConfig) -> None:
     """Raise a UsageError if ``config`` asks for another network or schedule than its source's."""
-    told = settled.pretrained["scheduler"] or settled.pretrained["format"] == "run"
-    for name in (*NETWORK_FIELDS, *(SCHEDULE_FIELDS if told else ())):
+    told = () if "schedule" in untold(settled) else SCHEDULE_FIELDS
+    for name in (*NETWORK_FIELDS, *told):
         asked, given = getattr(config, name), getattr(settled, name)
         if asked != given:
             raise UsageError(f"{name} is {asked!r}, but {given!r} in the model that init_from "
                              f"names, {config.init_from}: leave it out")
+
+
+def untold(settled: TrainConfig) -> list[str]:
+    """Fields that the model a settled configuration starts from does not tell itself."""
+    told = settled.pretrained
+    if told["format"] == "run":
+        return []
+    sized = told["format"] == "diffusers" and told["unet"]["sample_size"] is not None
+    return ["resolution"] * (not sized) + ["schedule"] * (not told["scheduler"])
 
 
 def start_from(config: TrainConfig, model: nn.Module) -> Source:
@@ -306,6 +321,7 @@ def _open_file(
             "improved-diffusion: for a diffusers model, name the directory with its config.json"
         )
     unet = _arguments(improved.unet_arguments(_shapes(weights), num_heads, resolution, table))
+    _check_side("resolution", resolution, unet)
     expected = improved.from_diffusers(_skeleton(unet), unet)
     _check_shapes(_shapes(expected), _shapes(weights))
     scale = 1000 / table if table else 1
@@ -360,7 +376,7 @@ def _open_diffusers(
     foreign = any(_without_wrappers(key) != key for key in found)
     fields = _network_fields(unet, unet["sample_size"])
     known = None
-    if isinstance(unet["sample_size"], int):
+    if unet["sample_size"] is not None:
         fields["resolution"] = unet["sample_size"]
     if scheduler is not None:
         known = {key: scheduler.get(key, value) for key, value in _SCHEDULER_FIELDS.items()}
@@ -410,6 +426,11 @@ def _unet(values: dict, num_heads: int | None) -> tuple[dict, dict[str, tuple[in
         raise UsageError("its network takes noise scales (time_embedding_type 'fourier'), not the "
                          "timesteps of a DDPM that predicts epsilon")
     needed = _shapes(_skeleton(unet))
+    side = unet["sample_size"]
+    if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
+        unet["sample_size"] = side = side[0]
+    if side is not None:
+        _check_side("sample_size", side, unet)
     if "attention_head_dim" in own:
         if num_heads is not None:
             raise UsageError(f"num_heads is {num_heads}, but its config.json has "
@@ -434,6 +455,13 @@ def _arguments(values: dict) -> dict:
             hint = f"did you mean {close[0]!r}?" if close else "UNet2DModel has no such argument"
             raise UsageError(f"its config.json has an unknown key {key!r}: {hint}")
     return _plain({name: p.default for name, p in parameters.items()} | values)
+
+
+def _check_side(name: str, side, unet: dict) -> None:
+    stride = 2 ** (len(unet["block_out_channels"]) - 1)
+    if type(side) is not int or side < 1 or side % stride:
+        raise UsageError(f"{name} is {side!r}: it must be the side of square images, a multiple of "
+                         f"{stride} for a network of {len(unet['block_out_channels'])} resolutions")
 
 
 def _check_scheduler(values: dict) -> None:

@@ -1,5 +1,8 @@
 """Conversion between formats: exact against an independent network, and refused where it is not."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
@@ -94,6 +97,7 @@ def test_verify_notices_a_wrong_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(improved, "to_diffusers", wrong)
     with pytest.raises(RunError, match="does not compute what .* does: largest difference"):
         convert(tmp_path / "model.pt", tmp_path / "pipe", *flags("multi-head"))
+    assert not (tmp_path / "pipe").exists()
 
 
 def test_our_own_presets_go_to_improved_diffusion(tmp_path):
@@ -167,6 +171,38 @@ def test_other_networks_have_no_counterpart_there(tmp_path):
     with pytest.raises(UsageError, match="downsample_padding is 0, not 1"):
         convert(tmp_path / "pipe", tmp_path / "model.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe"]
+
+
+@pytest.mark.parametrize("flag,value,match", [
+    ("--num-heads", 0, "num_heads is 0: it must divide"),
+    ("--resolution", 0, "resolution is 0: it must be the side"),
+    ("--resolution", -16, "resolution is -16"),
+    ("--resolution", 17, "resolution is 17: .* a multiple of 2"),
+    ("--timesteps", 0, "timesteps is 0: it must be from 1"),
+    ("--timesteps", 10**9, "timesteps is 1000000000"),
+    ("--ema", 0.9, "ema is 0.9, but only a run has averages"),
+])
+def test_flags_that_cannot_be(tmp_path, flag, value, match):
+    given = [*flags("scale-shift"), flag, value]
+    with pytest.raises(UsageError, match=match):
+        convert(improved_file(tmp_path), tmp_path / "pipe", *given)
+    assert not (tmp_path / "pipe").exists()
+
+
+@pytest.mark.parametrize("out", ["pipe", "model.pt"])
+def test_a_full_disk(tmp_path, out):
+    """No half of it is left, and no traceback."""
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32, 64), down_block_types=2 * (
+        "DownBlock2D",), up_block_types=2 * ("UpBlock2D",))
+    save_pipeline(unet, NoiseSchedule.linear(10), tmp_path / "in", clip_sample=True)
+    code = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "from robustdm.cli import guard\nfrom robustdm.convert import main\nguard(main)\n")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "in", tmp_path / out],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: out is ") and "it was not written" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_nothing_is_overwritten(tmp_path):

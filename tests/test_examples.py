@@ -56,7 +56,7 @@ def test_the_diffusers_script_trains_to_our_own_loss_curve():
         window = ours.window()
         curve.append(window["fit"] + window["reg"])
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    theirs = list(example("diffusers_training").train(unet, scheduler, fed, lr=2e-4))
+    theirs = list(example("diffusers_training").train(unet, scheduler, fed, len(fed), lr=2e-4))
     assert theirs == pytest.approx(curve, rel=1e-4)
     assert len(set(curve)) == 5
     for name, value in ours.model.state_dict().items():

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import replace
 
@@ -566,6 +567,45 @@ def test_another_network_or_schedule_cannot_be_asked_for(tmp_path, capsys):
         guard(lambda: main(["--init-from", str(tmp_path / "nothing")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: init_from is ")
+
+
+def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
+    """No preset's size or schedule in its place, but where that was named for it."""
+    torch.save(make("learned sigma").state_dict(), tmp_path / "model.pt")
+    argv = ["--init-from", str(tmp_path / "model.pt"), "--allow-pickle", "--num-heads", "2",
+            "--data", "images", "--data-dir", str(tmp_path)]
+    with pytest.raises(UsageError, match="resolution is not given: init_from is .*model.pt', whi"):
+        parse_train(argv)
+    with pytest.raises(UsageError, match="schedule is not given: .* its noise schedule; give --sch"):
+        parse_train([*argv, "--resolution", "16"])
+    config = parse_train([*argv, "--resolution=16", "--schedule", "linear"])
+    assert (config.resolution, config.schedule) == (16, "linear")
+    file = tmp_path / "config.yaml"
+    file.write_text("resolution: 16\nschedule: cosine\n")
+    assert parse_train([*argv, "--config", str(file)]).schedule == "cosine"
+    config = parse_train([*argv, "--preset", "folder", "--schedule", "cosine"])
+    assert config.resolution == 32, "the preset's own"
+    with pytest.raises(UsageError, match="ema is 0.5, but only a run"):
+        open_source(str(tmp_path / "model.pt"), ema=0.5)
+
+
+@pytest.mark.parametrize("side,told", [
+    (None, None), ([8, 8], 8), ("abc", "'abc'"), (16.5, "16.5"), ([16, 8], "[16, 8]"), (9, "9"),
+    (-8, "-8"), (True, "True")])
+def test_sizes_of_images(tmp_path, side, told):
+    folder, _ = save(tmp_path / "pipe")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": side}))
+    argv = ["--init-from", str(folder), "--data", "images", "--data-dir", str(tmp_path)]
+    if side is None:
+        with pytest.raises(UsageError, match="resolution is not given"):
+            parse_train(argv)
+        assert parse_train([*argv, "--resolution", "16"]).resolution == 16
+    elif isinstance(told, int):
+        assert parse_train(argv).resolution == told
+    else:
+        with pytest.raises(UsageError, match=f"sample_size is {re.escape(told)}: it must be"):
+            parse_train(argv)
 
 
 def test_grey_data_for_a_colour_model_and_the_reverse(tmp_path):

@@ -97,8 +97,6 @@ def look(config: DataConfig) -> dict:
         UsageError: for a wrong setting, or a path without images.
         RunError: if reading fails.
     """
-    import torch
-
     from robustdm.data.images import image_data, open_images
     from robustdm.random import shuffled
 
@@ -118,19 +116,24 @@ def look(config: DataConfig) -> dict:
         train = replace(train, resolution=min(_LARGEST, sides.most_common(1)[0][0]))
     data = image_data(train, (path, images))
     indices = shuffled(config.seed, 0, len(data))[:_SAMPLE]
-    # In pieces: large pictures of a folder are decoded here.
-    clean = torch.cat([data.clean(piece) for piece in indices.split(256)])
-    pixels = clean.double().transpose(0, 1).flatten(1)
+    # In pieces: large pictures are decoded here, and thousands of them do not fit.
+    count, sums, squares = 0, 0.0, 0.0
+    for piece in indices.split(64):
+        pixels = data.clean(piece).transpose(0, 1).flatten(1).double()
+        count += pixels.shape[1]
+        sums, squares = sums + pixels.sum(dim=1), squares + pixels.square().sum(dim=1)
+    mean = sums / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
     found = {
         "data": data.describe(),
         "stored sizes": _sizes_text(sizes),
         "channels": data.shape[0],
-        "mean": [round(v, 4) for v in pixels.mean(dim=1).tolist()],
-        "std": [round(v, 4) for v in pixels.std(dim=1, correction=0).tolist()],
+        "mean": [round(v, 4) for v in mean.tolist()],
+        "std": [round(v, 4) for v in std.tolist()],
         "broken": len(data.quarantine),
     }
     for name, value in found.items():
-        of = f" (data range [-1, 1], over {len(clean)} images)" if name in ("mean", "std") else ""
+        of = f" (data range [-1, 1], over {len(indices)} images)" if name in ("mean", "std") else ""
         print(f"{name:<13} {value}{of}")
     for name, reason in data.quarantine[:20]:
         print(f"  {name}: {reason}")

@@ -123,8 +123,7 @@ def head_dim(heads: int | None, widths: list[int]) -> int | None:
         )
     if heads == 1:
         return None
-    bad = [width for width in widths if width % heads]
-    if heads < 1 or bad:
+    if heads < 1 or any(width % heads for width in widths):
         raise UsageError(f"num_heads is {heads}: it must divide the channels, {widths}")
     if len(set(widths)) > 1:
         raise UsageError(

@@ -28,7 +28,7 @@ _YAML_LIMIT = 1 << 18  # bytes; a configuration with a table of 4000 betas has 2
 _MAY_BE_INFINITE = ("resident_gib", "checkpoint_minutes", "max_time", "lambda_max", "clip_norm",
                     "rank_timeout")
 # Far above all that trains; more would only use up memory and time before anything is compared.
-_LARGEST = dict(timesteps=1 << 20, layers_per_block=64, mlp_depth=1024)
+LARGEST = dict(timesteps=1 << 20, layers_per_block=64, mlp_depth=1024)
 _MOST_LEVELS = 16
 
 
@@ -316,7 +316,7 @@ class TrainConfig:
         need(self.num_heads is None or self.num_heads >= 1, "num_heads", "at least 1")
         need(self.attention_head_dim is None or self.attention_head_dim >= 1,
              "attention_head_dim", "at least 1")
-        for name, largest in _LARGEST.items():
+        for name, largest in LARGEST.items():
             need(getattr(self, name) <= largest, name, f"it must be at most {largest}")
         need(0 < len(self.block_channels) <= _MOST_LEVELS, "block_channels",
              f"give from 1 to {_MOST_LEVELS} of them")

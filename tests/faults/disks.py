@@ -176,11 +176,11 @@ def _limited(trial: Trial) -> Found:
 
         real, calls = loop.Trainer.train_step, []
 
-        def train_step(self, x0):
+        def train_step(*arguments):
             calls.append(1)
             if len(calls) == step:
                 lower()
-            return real(self, x0)
+            return real(*arguments)
 
         loop.Trainer.train_step = train_step
         if not step:
@@ -191,10 +191,10 @@ def _limited(trial: Trial) -> Found:
     steps = list_checkpoints(config.out / "checkpoints")
     all_sound = all(not verify(path) for _, path in steps)
     kept = not steps or steps[-1][0] == STEPS or step == 0 or steps[-1][0] >= (step - 1) // 3 * 3
-    named = done.code == 0 or str(config.out) in done.output
+    named = str(config.out) in done.last and done.clean
     rest = call(lambda: _finish(config))
-    same = rest.code == 0 and ending(config.out) == whole.end
-    passed = all_sound and kept and named and same and done.code != 0
+    same = rest.code == 0 and rest.clean and ending(config.out) == whole.end
+    passed = done.code == 1 and all_sound and kept and named and same
     seen = (f"exit code {done.code}: {done.last}; {len(steps)} checkpoints, "
             f"{'all' if all_sound else 'NOT all'} verify; without the limit "
             f"{'final bits equal' if same else f'NOT as without the fault: {rest.last}'}")
