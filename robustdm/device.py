@@ -19,7 +19,8 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 def to_host(values: Tensor) -> Callable[[], Tensor]:
     """Begin to copy to the host; the function returned waits for that, not for later work."""
     if values.device.type != "cuda":
-        return lambda: values
+        kept = values.clone()
+        return lambda: kept
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -341,8 +342,12 @@ class Ranks:
             raise RunError(f"{self._missing()} ({reason}); {self._remedy}") from error
 
     def _missing(self) -> str:
-        """Ask through the launcher's store, which outlives a rank, who is still there."""
-        silent = []
+        """Ask through the launcher's store, which outlives a rank, who is still there.
+
+        Those whose process on this machine is gone, or else those who do not answer: a rank that
+        is busy does not either.
+        """
+        silent, gone = [], []
         with contextlib.suppress(Exception):  # the store may be gone, too
             store = _store()
             store.set(f"robustdm/alive/{self.rank}", "1")
@@ -350,11 +355,13 @@ class Ranks:
             others = [r for r in range(self.size) if r != self.rank]
             while time.monotonic() < end:
                 silent = [r for r in others if not store.check([f"robustdm/alive/{r}"])]
-                if not silent:
+                gone = [r for r in silent if _is_gone(store.get(f"robustdm/process/{r}").decode())]
+                if gone or not silent:
                     break
                 time.sleep(0.1)
         if not silent:
             return "the ranks have lost each other"
+        silent = gone or silent
         names = ", ".join(map(str, silent))
         return f"rank {names} is lost" if len(silent) == 1 else f"ranks {names} are lost"
 
@@ -435,6 +442,27 @@ def _meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.S
     return dist.PrefixStore(f"robustdm/{meeting}", store)
 
 
+def _process() -> str:
+    """What identifies this process to others on its machine."""
+    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    return f"{os.getpid()} {space} {socket.gethostname()}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process, as `_process` names it, is known to have ended."""
+    pid, space = process.split(maxsplit=1)
+    if space != _process().split(maxsplit=1)[1]:
+        return False  # on another machine, of which nothing is known
+    try:
+        os.kill(int(pid), 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"  # ended, not yet reaped
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def join(
     device: str = "auto", timeout: float = 30.0, remedy: str = "nothing was written, start again"
@@ -472,6 +500,7 @@ def join(
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                     store=_meet(launcher, rank, size, limit),
                                     rank=rank, world_size=size, timeout=limit)
+        _store().set(f"robustdm/process/{rank}", _process())
         host = dist.new_group(backend="gloo", timeout=limit)
         if on_gpu:  # NCCL connects at its first use: better now than after minutes of preparation
             dist.all_reduce(torch.zeros((), device="cuda"))

@@ -57,8 +57,9 @@ def load_pickle(data: bytes) -> object:
                for member in members):
             raise ValueError(f"what describes its tensors has more than {_HEADER_LIMIT} bytes")
         size = sum(member.file_size for member in members)
-        if size > len(data):  # torch compresses nothing
-            raise ValueError(f"it would unpack to {size} bytes, but has {len(data)}")
+        if size > len(data) or any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise ValueError(f"it is compressed, to {len(data)} bytes from {size}; torch.save "
+                             "compresses nothing")
     if any(maker in data for maker in _MAKERS):
         raise ValueError("it holds byte arrays")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

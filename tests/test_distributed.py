@@ -232,6 +232,28 @@ def test_one_all_reduce_for_all_pieces(tmp_path):
     assert len(calls) == 1 and calls[0] == count + 1 + 5 and first == second
 
 
+def compiled_steps(rank, config):
+    with join("cpu", 0.5) as found:
+        trainer = Trainer(config, ranks=found)
+        calls, real = [], dist.all_reduce
+        dist.all_reduce = lambda *a, **k: (calls.append(a[0].numel()), real(*a, **k))[1]
+        stream = batches(trainer.data, config, 0, trainer.device, found)
+        for _ in range(3):
+            calls.clear()
+            trainer.train_step(next(stream)[0])
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        return weights.tolist(), len(calls)
+
+
+def test_a_compiled_step_is_that_of_several_ranks_too(tmp_path):
+    """The compiled part ends before the all-reduce, which is one."""
+    config = tiny(tmp_path, accumulate=3)
+    (wanted, _), _ = ranks.run(2, compiled_steps, config)
+    (first, calls), (second, _) = ranks.run(2, compiled_steps, replace(config, compile=True))
+    assert calls == 1 and first == second and max(map(abs, first)) > 0.1
+    assert first == pytest.approx(wanted, abs=1e-5)
+
+
 # The run.
 
 
@@ -385,10 +407,20 @@ def no_record(rank, config):
     return go(rank, config)
 
 
+def as_on_a_gpu(session):
+    """What a step led to is looked at after the next one."""
+    begin = session.__init__
+
+    def late(self, *arguments):
+        begin(self, *arguments)
+        self.at_once = False
+
+    session.__init__ = late
+
+
 def late_wishes(rank, config):
     """As on a GPU, where a wish is known a step later."""
-    real = loop._Session._decide
-    loop._Session._decide = lambda self, at_once: real(self, False)
+    as_on_a_gpu(loop._Session)
     go(rank, config)
     return [step for step, _ in list_checkpoints(config.out / "checkpoints")]
 
@@ -463,6 +495,25 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     (said, seconds), gone = ranks.run(2, stopped, None)
     assert said.startswith("rank 1 is lost (") and gone is None
     assert 2.5 < seconds < 30, "three seconds of patience, three of roll call"
+
+
+def killed(rank):
+    with join("cpu", 0.5) as found:
+        found.exchange(rank)
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 0:
+            time.sleep(5)  # busy, longer than others wait for an answer
+        try:
+            found.all_sum([torch.ones(2)])
+        except RunError as error:
+            return str(error)
+
+
+def test_a_rank_that_is_busy_is_not_lost():
+    first, second, gone = ranks.run(3, killed)
+    assert second.startswith("rank 2 is lost (") and gone is None
+    assert first.startswith("rank 2 is lost (")
 
 
 def launched(monkeypatch):

@@ -1,10 +1,12 @@
 """The scripts of examples/, at tiny size."""
 
 import importlib.util
+import os
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -61,6 +63,36 @@ def test_the_diffusers_script_trains_to_our_own_loss_curve():
     assert len(set(curve)) == 5
     for name, value in ours.model.state_dict().items():
         assert torch.allclose(value, unet.state_dict()[name], atol=2e-5), name
+
+
+def on_rank(rank, fed):
+    from accelerate.state import PartialState
+
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    PartialState._reset_state()
+    unet, scheduler = small()
+    size = len(fed[0]) // 2
+    own = [x0[rank * size :][:size] for x0 in fed]
+    list(example("diffusers_training").train(unet, scheduler, own, len(own)))
+    return torch.cat([p.detach().flatten() for p in unet.parameters()]).tolist()
+
+
+def small():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2), DDPMScheduler(num_train_timesteps=1000)
+
+
+def test_the_diffusers_script_on_two_processes():
+    """They draw numbers of their own: halves of a batch on two are the batch on one."""
+    fed = [torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    first, second = ranks.run(2, on_rank, fed)
+    unet, scheduler = small()
+    list(example("diffusers_training").train(unet, scheduler, fed, len(fed)))
+    alone = torch.cat([p.detach().flatten() for p in unet.parameters()]).tolist()
+    assert first == second == pytest.approx(alone, abs=1e-5)
 
 
 def test_the_diffusers_script_on_pictures(tmp_path, capsys):

@@ -237,6 +237,17 @@ def test_bf16_follows_fp32(tmp_path):
     assert fits[0] != fits[1] and fits[0] == pytest.approx(fits[1], rel=0.02)
 
 
+def as_on_a_gpu(monkeypatch):
+    """What a step led to is looked at after the next one."""
+    begin = loop._Session.__init__
+
+    def late(self, *arguments):
+        begin(self, *arguments)
+        self.at_once = False
+
+    monkeypatch.setattr(loop._Session, "__init__", late)
+
+
 def poison(monkeypatch, bad_steps):
     """Put a NaN into the batches of some steps."""
     original = loop.batches
@@ -275,17 +286,23 @@ def test_a_skipped_step_touches_nothing(tmp_path):
                    for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch):
-    poison(monkeypatch, set(range(3, 100)))
-    config = points(tmp_path, steps=50, max_skipped=4)
+@pytest.mark.parametrize("late", [False, True])
+def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch, late):
+    """However rarely a line is written; on a GPU, a step late."""
+    if late:
+        as_on_a_gpu(monkeypatch)
+    poison(monkeypatch, set(range(3, 7)))  # the last step before a line is good
+    config = points(tmp_path, steps=50, max_skipped=4, log_every=25)
     with pytest.raises(RunError, match=r"4 steps in a row .* with the items \d+, "):
         quiet(config)
     checkpoint = load_newest(config.out / "checkpoints")
     assert all(torch.isfinite(v).all() for v in checkpoint.tensors["model"].values())
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_a_skipped_step_names_the_picture_it_was(tmp_path, monkeypatch, capsys, resident):
+@pytest.mark.parametrize("resident,late", [(True, False), (False, False), (True, True)])
+def test_a_skipped_step_names_the_picture_it_was(tmp_path, monkeypatch, capsys, resident, late):
+    if late:
+        as_on_a_gpu(monkeypatch)
     (tmp_path / "pictures").mkdir()
     for k in range(30):
         pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -315,6 +332,23 @@ def spoil(config, file):
     found.tensors[file][name].view(-1)[0] = torch.nan
     save_checkpoint(found.path.parent, found.step, found.tensors, found.state)
     return f"{found.path} is of no use, {name} in {file} is not finite"
+
+
+@pytest.mark.parametrize("change", [
+    {"elapsed": 10**400}, {"elapsed": "x"}, {"skipped": 10**400}, {"betas": [0.9]},
+    {"betas": ["a", "b"]}, {"eps": "x"}, {"eps": -1.0}, {"weight_decay": None}, {"amsgrad": True},
+    {"lr": 10**400}, {"momentum": 0.9}], ids=lambda change: str(change)[:20])
+def test_numbers_that_a_checkpoint_cannot_have(tmp_path, change):
+    """Its manifest fits, for somebody wrote both."""
+    config = points(tmp_path, steps=2)
+    quiet(config)
+    found = load_newest(config.out / "checkpoints")
+    place = found.state if change.keys() <= found.state.keys() else (
+        found.state["optimizer"]["param_groups"][0])
+    place.update(change)
+    save_checkpoint(found.path.parent, found.step, found.tensors, found.state)
+    with pytest.raises(RunError, match="is not a checkpoint of a run of this version"):
+        quiet(replace(config, steps=4, resume=True))
 
 
 def test_a_nan_is_neither_loaded(tmp_path):

@@ -253,7 +253,10 @@ class _Session:
         self.compile_s: float | None = None
         self.waited = 0.0
         self.logged = self.started
-        self.line: tuple[Callable[[], dict], Callable[[], list[str]]] | None = None
+        # On a GPU the numbers of a step are looked at when it has got the next one to do.
+        self.at_once = trainer.device.type == "cpu"
+        self.done: tuple[int, Callable[[], int], Callable[[], list[str]]] | None = None
+        self.line: Callable[[], dict] | None = None
         self.wished: Callable[[], set] | None = None
         self.stop_signal: signal.Signals | None = None
 
@@ -303,21 +306,23 @@ class _Session:
             step, last = trainer.step, trainer.step == config.steps
             # On a GPU, waiting for a step's numbers would leave it idle: they are read when it has
             # got the next step to do.
-            at_once = trainer.device.type == "cpu"
-            if at_once:
-                self._check_skips(int(trainer.skipped_in_a_row), step, trainer.to_blame(indices))
+            self._check_skips()
+            self.done = step, trainer.in_a_row(), trainer.to_blame(indices)
+            if self.at_once:
+                self._check_skips()
             self._write_line()
-            stopped, due = self._decide(at_once)
+            stopped, due = self._decide()
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
-                self._log(sampled, indices)
-                if at_once or last or sampled or stopped:
+                self._log(sampled)
+                if self.at_once or last or sampled or stopped:
                     self._write_line()
             else:
                 self.progress.update(step)
             due |= bool(config.checkpoint_every) and step % config.checkpoint_every == 0
             if due or last or stopped:
                 self._save(required=bool(last or stopped))
+        self._check_skips()
         result = Result(config.out, trainer.step, stopped)
         if self.stop_signal is None:
             try:
@@ -339,7 +344,7 @@ class _Session:
                 wishes.add("save")
         return wishes
 
-    def _decide(self, at_once: bool) -> tuple[str | None, bool]:
+    def _decide(self) -> tuple[str | None, bool]:
         """Why to stop after this step, if so, and whether to save: the same on all ranks.
 
         Other ranks hear of a wish with the step's gradients; on a GPU, which has not done this step
@@ -349,7 +354,7 @@ class _Session:
             known = self._wishes()
         else:
             before, self.wished = self.wished, self.trainer.agreed()
-            known = self.wished() if at_once else before() if before else set()
+            known = self.wished() if self.at_once else before() if before else set()
         self.stop_signal = next((s for s in SIGNALS if s in known), None)
         config, done = self.config, self.trainer.step - self.first_step
         stopped = None
@@ -360,7 +365,7 @@ class _Session:
         elif "stop" in known:
             stopped = f"--max-time {config.max_time}"
         # A step later known, the wish of the step after a save was made before it.
-        late = self.ranks.size > 1 and not at_once and self.saved_step == self.trainer.step - 1
+        late = self.ranks.size > 1 and not self.at_once and self.saved_step == self.trainer.step - 1
         return stopped, "save" in known and not late
 
     def _sample(self, sampler: str, steps: int) -> Tensor | None:
@@ -409,8 +414,12 @@ class _Session:
             self.lost.append(path.name)
             self.warn(str(error))
 
-    def _check_skips(self, in_a_row: int, step: int, to_blame: Callable[[], list[str]]) -> None:
-        if not in_a_row:
+    def _check_skips(self) -> None:
+        """Look at the step that was done last and not looked at, if there is one."""
+        if self.done is None:
+            return
+        (step, in_a_row, to_blame), self.done = self.done, None
+        if not (in_a_row := in_a_row()):
             return
         items = to_blame()
         named = ", ".join(items[:16]) + (f" and {len(items) - 16} more" if items[16:] else "")
@@ -426,10 +435,10 @@ class _Session:
                     f"{self.config.out / 'checkpoints'}"
                 )
 
-    def _log(self, sampled: bool, indices: Tensor) -> None:
+    def _log(self, sampled: bool) -> None:
         """Begin a line of metrics.jsonl; `_write_line` ends it."""
         trainer = self.trainer
-        self.line = trainer.close_window(), trainer.to_blame(indices)
+        self.line = trainer.close_window()
         now = time.monotonic()
         self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
         self.waited = 0.0
@@ -450,15 +459,13 @@ class _Session:
     def _write_line(self) -> None:
         if self.line is None:
             return
-        (read, to_blame), self.line = self.line, None
+        read, self.line = self.line, None
         record = read() | self.extras
         if self.run_dir is not None:
             self.run_dir.append_metrics(record)
             self.loggers.log(record["step"], record)
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
-        if self.trainer.device.type != "cpu":
-            self._check_skips(record.get("skipped_in_a_row", 0), record["step"], to_blame)
 
     def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
         data, place = self.trainer.data, self.run_dir.samples

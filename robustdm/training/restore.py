@@ -132,6 +132,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, {"param_groups": groups}
 
 
+def _fits(found, own) -> bool:
+    """Whether a hyper-parameter is of the kind of the optimizer's own; switches have to agree."""
+    if isinstance(own, (list, tuple)):
+        return isinstance(found, (list, tuple)) and len(found) == len(own) and all(
+            map(_fits, found, own))
+    if own is None or isinstance(own, (bool, str)):
+        return found is own or type(found) is type(own) and found == own
+    return type(found) in (int, float) and found >= 0 and math.isfinite(found)
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict
 ) -> None:
@@ -139,6 +149,7 @@ def load_optimizer(
 
     Raises:
         UsageError: the state is that of another architecture.
+        ValueError: a hyper-parameter is nothing that this optimizer has.
     """
     current = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -176,6 +187,10 @@ def load_optimizer(
     for saved, own, live in zip(
         saved_groups, current["param_groups"], optimizer.param_groups, strict=True
     ):
+        for key, value in saved.items():
+            known = key in own and (key in ("params", "param_names") or _fits(value, own[key]))
+            if not known:
+                raise ValueError(f"{key} of the optimizer is {value!r}")
         group = {**own, **saved}
         for key, value in live.items():
             if isinstance(value, Tensor):

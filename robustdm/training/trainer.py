@@ -283,6 +283,12 @@ class Trainer:
 
         return names
 
+    def in_a_row(self) -> Callable[[], int]:
+        """How many steps until now were skipped in a row; the function returned waits for the last
+        of them."""
+        arriving = to_host(self.skipped_in_a_row)
+        return lambda: int(arriving())
+
     def agreed(self) -> Callable[[], set]:
         """What any rank wished before the last step, the same on all; the function returned waits
         for that step."""
@@ -477,7 +483,7 @@ class Trainer:
         """
         try:
             self._restore(checkpoint)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RunError(f"{checkpoint.path} is not a checkpoint of a run of this version "
                            f"({type(error).__name__}: {error}): continue it with the version that "
                            "wrote it") from error
