@@ -217,7 +217,9 @@ def describe(source: Source, schedule: NoiseSchedule | None) -> list[str]:
     stated = source.scheduler is not None or "schedule" in source.fields
     noise = "unknown" if schedule is None else schedule.name if stated else (
         f"{schedule.name} (as configured: the weights do not tell it)")
-    lines.append(f"noise schedule {noise}, predicts epsilon, variance {source.variance_type}")
+    assumed = " (assumed: its file does not tell)" if source.format == "improved-diffusion" else ""
+    lines.append(f"noise schedule {noise}, predicts epsilon{assumed}, variance "
+                 f"{source.variance_type}")
     if source.format == "improved-diffusion" and schedule is not None and len(schedule) != 1000:
         told = "t * 1000 / T" if source.unet["num_train_timesteps"] else "t"
         lines.append(f"its network is told the timestep as {told} (--rescale-timesteps)")

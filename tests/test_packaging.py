@@ -180,6 +180,9 @@ def test_the_limits_that_security_states_are_those_of_the_code():
     from robustdm.training import checkpoint, config
 
     text = " ".join((ROOT / "SECURITY.md").read_text().split())
+    data = " ".join((ROOT / "docs/data.md").read_text().split())
+    limit = f"more than {untrusted._RATIO} times its size (above {untrusted._HARMLESS >> 20} MiB)"
+    assert limit in data
     for words, value in (
         ("most {} million pixels", Image.MAX_IMAGE_PIXELS // 10**6),
         ("more than {} million are decoded one at a time", decode._LARGE // 10**6),

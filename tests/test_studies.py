@@ -434,7 +434,7 @@ def test_the_study_of_fine_tuning(tmp_path, monkeypatch):
     arms, claims, page = paper_study("finetune", tmp_path, monkeypatch, steps=10)
     rows = {r["name"] for r in arms}
     assert len(rows) == 6 + (1 + 4 + 4 + 2 + 1) + 1 + 1 + 2 and page.count("<img") == 1
-    assert "within 10 % of from-scratch in the mean from a share of" in page
+    assert "DDPM continued (tried: 20%): smallest share within 10 % of from-scratch" in page
     assert len(claims) == 2 * (4 + 4 + 2 + 1) + (4 + 4 + 2) + 1 + 1 + 2 and "23.3" in page
 
 

@@ -132,8 +132,9 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
         means = [share for share in found if _near_in_the_mean(values, row(way, share), noise,
                                                                 kept)]
         sure = [s for s, both in found.items() if all(c.holds for c in both)]
-        answers.append(f"{way}: within 10 % of from-scratch in the mean from a share of "
-                       f"{_first(means)}; surely (95 % over seeds) from {_first(sure)}.")
+        tried = ", ".join(f"{share:.0%}" for share in found)
+        answers.append(f"{way} (tried: {tried}): smallest share within 10 % of from-scratch in the "
+                       f"mean {_first(means)}, surely (95 % over seeds) {_first(sure)}.")
     claims += [equal_signal_claim(records, group, row(way, share), noise, kept)
                for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
     claims += [equal_signal_claim(records, group, row(way, SHARES[0], lam), noise, kept)
@@ -167,7 +168,9 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
             "from 0.1, so that a short run does not return the old weights. A fifth of the first "
             f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps. "
             "'Shrunk' rows sample as the shrunk DDPM does, from the fine-tuned network.",
-        ), {"finetune": (_figure(scale, group, rows), "Lines: shares of the budget.")}
+        ), {"finetune": (_figure(scale, group, rows), "Points: shares of the budget. Vertical line: "
+                         "training from scratch. Without the DDPM's own time, but for the same "
+                         "total cost.")}
         | sheet(scale, todo))
 
 
@@ -180,7 +183,7 @@ def _near_in_the_mean(values, name: str, noise: str, kept: str) -> bool:
 
 
 def _first(found: Sequence[float]) -> str:
-    return f"{min(found):.0%}" if found else "none of those tried"
+    return f"{min(found):.0%}" if found else "none"
 
 
 def _figure(scale: Scale, group: str, rows: dict):
@@ -189,17 +192,16 @@ def _figure(scale: Scale, group: str, rows: dict):
         for i, way in enumerate((*WAYS, SAME_TOTAL)):
             colour = plots.INK if way == SAME_TOTAL else plots.COLOURS[i]
             found = [rows[row(way, share)] for share in shares(way)]
-            ax.errorbar([100 * share for share in shares(way)], [r[measure].mean for r in found],
+            ax.errorbar([r["train_cpu_s"].mean for r in found], [r[measure].mean for r in found],
                         [r[measure].sd for r in found], color=colour, marker="o", markersize=3,
                         label=way)
         for style, name in ((":", PRETRAINED), ("-", SCRATCH), ("--", "DDPM, shrunk 0.1")):
             ax.axhline(rows[name][measure].mean, color=plots.INK, linestyle=style, linewidth=1,
                        label=name)
-        ax.set(xlabel="share of the work from scratch, %", title=measure, xscale="log",
+        whole = rows[SCRATCH]["train_cpu_s"].mean
+        ax.axvline(whole, color=plots.INK, linestyle=":", linewidth=0.5)
+        ax.set(xlabel="training, s of one processor", title=measure, xscale="log",
                yscale="log" if measure == scale.noise else "linear")
-        ticks = [100 * share for share in SHARES]
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.minorticks_off()
     axes[0, 0].legend(fontsize=5)
     return made
 
