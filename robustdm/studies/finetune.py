@@ -168,9 +168,9 @@ def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
             "from 0.1, so that a short run does not return the old weights. A fifth of the first "
             f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps. "
             "'Shrunk' rows sample as the shrunk DDPM does, from the fine-tuned network.",
-        ), {"finetune": (_figure(scale, group, rows), "Points: shares of the budget. Vertical line: "
-                         "training from scratch. Without the DDPM's own time, but for the same "
-                         "total cost.")}
+        ), {"finetune": (_figure(scale, group, rows), "Points: shares of the budget. Vertical "
+                         "line: from scratch. Without the DDPM's own time, but for the same total "
+                         "cost.")}
         | sheet(scale, todo))
 
 
@@ -202,7 +202,7 @@ def _figure(scale: Scale, group: str, rows: dict):
         ax.axvline(whole, color=plots.INK, linestyle=":", linewidth=0.5)
         ax.set(xlabel="training, s of one processor", title=measure, xscale="log",
                yscale="log" if measure == scale.noise else "linear")
-    axes[0, 0].legend(fontsize=5)
+    axes[0, 0].legend(fontsize=5, loc="lower left")
     return made
 
 
