@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import io
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ if not HAS_GPU:
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from PIL import Image  # noqa: E402
 
 # The same examples in every run, however slow the machine; --hypothesis-profile=default draws anew.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
@@ -52,6 +54,19 @@ def pytest_collection_modifyitems(config, items):
 def pytest_xdist_auto_num_workers(config):
     """``-n auto``: all tests share one GPU, and what they measure of it."""
     return 0 if HAS_GPU else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_undrawn(request):
+    """Drawing takes most of a tiny run's time: only the tests of reports and studies do it."""
+    if request.module.__name__ in ("test_report", "test_studies"):
+        yield
+        return
+    dot = io.BytesIO()
+    Image.new("L", (1, 1)).save(dot, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robustdm.plots.png_bytes", lambda figure: dot.getvalue())
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

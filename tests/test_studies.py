@@ -289,8 +289,10 @@ def paper_study(name, tmp_path, monkeypatch, steps=2, seeds=1):
     made = scales.make_scale
 
     def quick(*a):
-        return replace(made(*a), samples=60, sampling_steps=3, attacked_samples=60,
-                       attacked_steps=4)
+        scale = made(*a)
+        few = {"num_points": 500} if scale.base["data"] == "subspace" else {}
+        return replace(scale, base=scale.base | few, samples=60, sampling_steps=3,
+                       attacked_samples=60, attacked_steps=4)
 
     monkeypatch.setattr(scales, "make_scale", quick)
     monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path / "cache"))
@@ -608,7 +610,10 @@ def test_noise_and_signal_of_images_are_told_apart():
     assert smooth["noise_excess"] < -0.1, "texture that is gone is no negative noise to divide by"
 
 
-def test_figure_3_on_images(images):
+def test_figure_3_on_images(images, monkeypatch):
+    linear = denoising._linear_images
+    monkeypatch.setattr(denoising, "_linear_images", lambda scale: (
+        lambda made: replace(made, base=made.base | dict(num_points=500)))(linear(scale)))
     assert denoising.fig3(images)
     text = (images.out / "table.md").read_text()
     assert "rho_paper" in text and "component_ratio_25" in text and "25 leading" in text
