@@ -659,3 +659,15 @@ def test_a_killed_rank_ends_the_job_and_the_restart_goes_on(tmp_path):
     assert f"continuing {out} after step " in said, said
     assert said.count("stopped after step") == 1, said
     assert load_newest(out / "checkpoints").step >= 20
+
+
+def test_accelerate_launches_it_too(tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--module",
+         "robustdm.train", *flags(out)[2:], "--device", "cpu", "--stop-after", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((out / "run.json").read_text())
+    assert run["ranks"] == 2 and load_newest(out / "checkpoints").step == 2

@@ -38,3 +38,4 @@ def test_all_trials_are_those_of_the_record():
     record = [json.loads(line) for line in lines]
     assert Counter(line["group"] for line in record) == counts and len(record) == 882
     assert {line["verdict"] for line in record} <= {"pass", "skip"}
+    assert not any("<locals>" in line["seen"] for line in record), "a trial's own fault"

@@ -213,7 +213,8 @@ class TrainConfig:
     """Under torchrun: what each rank holds, the whole network (ddp), or a part of its weights,
     gradients, moments and averages (fsdp)."""
     rank_timeout: float = 10.0
-    """Under torchrun: minutes after which a rank that does not answer is lost."""
+    """Under torchrun: minutes after which a rank that does not answer is lost. More than what a
+    checkpoint takes, and than the fastest is ahead of the slowest in reading data and compiling."""
 
     # The run.
     out: Path = Path("runs/digits")

@@ -31,8 +31,8 @@ def main() -> int:
                         help="atheris where it is installed, else the tracing of lines")
     options = parser.parse_args()
     if options.target == "all":
-        codes = [subprocess.call([sys.executable, "-m", "tests.fuzz", name, *sys.argv[2:]])
-                 for name in NAMES]
+        codes = [subprocess.call([sys.executable, "-m", "tests.fuzz", *(
+            name if word == "all" else word for word in sys.argv[1:])]) for name in NAMES]
         return int(any(codes))
     os.environ["OMP_NUM_THREADS"] = "1"
     engine = options.engine or (
