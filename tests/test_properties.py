@@ -9,6 +9,7 @@ import tempfile
 import typing
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from conftest import HAS_GPU, TOLERANCE, relative_error
@@ -580,3 +581,19 @@ class Checkpoints(RuleBasedStateMachine):
 
 TestCheckpoints = Checkpoints.TestCase
 TestCheckpoints.settings = settings(max_examples=20, stateful_step_count=15)
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_pruning_killed_before_every_call(call):
+    """What the machine seldom comes to: a checkpoint of which some files are gone."""
+    machine = Checkpoints()
+    machine.begin()
+    try:
+        for step in (1, 2, 3):
+            machine.saved(step)
+        machine.killed_while_pruning(keep_last=1, moment=("call", call))
+        machine.what_was_saved_is_there()
+        machine.resumed(None)
+        machine.what_was_saved_is_there()
+    finally:
+        machine.teardown()
