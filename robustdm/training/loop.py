@@ -22,7 +22,7 @@ from robustdm import __version__, images
 from robustdm.data import batches
 from robustdm.device import keep_freed_memory
 from robustdm.distributed import Ranks, join, supervised
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.models import lora
 from robustdm.pipeline import replacing, save_pipeline
 from robustdm.pretrained import settle
@@ -575,7 +575,7 @@ class _Session:
                           "without what it held")
                 self._write_reference()
                 self._write_quarantine()
-        except RunError:
+        except RobustDMError:
             if self.trainer.sharded:  # the other ranks are giving their parts
                 accompany(self.trainer.state()[0])
             raise
