@@ -63,7 +63,7 @@ STUDIES = {
                          "one", 0.2, takes=("data_dir", "features", "weights", "count")),
     "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 15,
                       _ALL),
-    "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 120,
+    "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 60,
                              ("tiny",)),
     "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 14),
     "invitro": Study("invitro:run", "all objectives on the 3-D sets", 12),
