@@ -17,6 +17,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from conftest import as_on_a_gpu
 
 from robustdm.data import batches, load_data
 from robustdm.data.base import TensorData
@@ -407,20 +408,9 @@ def no_record(rank, config):
     return go(rank, config)
 
 
-def as_on_a_gpu(session):
-    """What a step led to is looked at after the next one."""
-    begin = session.__init__
-
-    def late(self, *arguments):
-        begin(self, *arguments)
-        self.at_once = False
-
-    session.__init__ = late
-
-
 def late_wishes(rank, config):
     """As on a GPU, where a wish is known a step later."""
-    as_on_a_gpu(loop._Session)
+    as_on_a_gpu()
     go(rank, config)
     return [step for step, _ in list_checkpoints(config.out / "checkpoints")]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import as_on_a_gpu
 from PIL import Image
 
 from robustdm import RunError, UsageError
@@ -237,17 +238,6 @@ def test_bf16_follows_fp32(tmp_path):
     assert fits[0] != fits[1] and fits[0] == pytest.approx(fits[1], rel=0.02)
 
 
-def as_on_a_gpu(monkeypatch):
-    """What a step led to is looked at after the next one."""
-    begin = loop._Session.__init__
-
-    def late(self, *arguments):
-        begin(self, *arguments)
-        self.at_once = False
-
-    monkeypatch.setattr(loop._Session, "__init__", late)
-
-
 def poison(monkeypatch, bad_steps):
     """Put a NaN into the batches of some steps."""
     original = loop.batches
@@ -290,7 +280,7 @@ def test_a_skipped_step_touches_nothing(tmp_path):
 def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch, late):
     """However rarely a line is written; on a GPU, a step late."""
     if late:
-        as_on_a_gpu(monkeypatch)
+        as_on_a_gpu(monkeypatch.setattr)
     poison(monkeypatch, set(range(3, 7)))  # the last step before a line is good
     config = points(tmp_path, steps=50, max_skipped=4, log_every=25)
     with pytest.raises(RunError, match=r"4 steps in a row .* with the items \d+, "):
@@ -302,7 +292,7 @@ def test_endless_nans_stop_the_run_and_name_the_items(tmp_path, monkeypatch, lat
 @pytest.mark.parametrize("resident,late", [(True, False), (False, False), (True, True)])
 def test_a_skipped_step_names_the_picture_it_was(tmp_path, monkeypatch, capsys, resident, late):
     if late:
-        as_on_a_gpu(monkeypatch)
+        as_on_a_gpu(monkeypatch.setattr)
     (tmp_path / "pictures").mkdir()
     for k in range(30):
         pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
