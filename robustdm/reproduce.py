@@ -61,7 +61,7 @@ STUDIES = {
     "timecost": Study("timecost:timecost", "a step costs 2.5 times DDPM's", 6, _ALL),
     "calibration": Study("calibration:run", "how far the corrupted training set is from the clean "
                          "one", 0.2, takes=("data_dir", "features", "weights", "count")),
-    "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 15,
+    "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 14,
                       _ALL),
     "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 60,
                              ("tiny",)),
