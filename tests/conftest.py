@@ -83,6 +83,13 @@ def figures_undrawn(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More of them round otherwise, in the files that run after this one."""
+    yield
+    assert torch.get_num_threads() == 1
+
+
+@pytest.fixture(scope="module", autouse=True)
 def compiled_apart():
     """The compiler gives up on code that it has compiled too often: each file starts anew."""
     yield

@@ -65,9 +65,9 @@ def arm(tmp_path):
 
 def test_an_arm_repeats_bit_for_bit(arm, tmp_path):
     out = tmp_path / "study"
-    first = run_arm(arm, arms_directory(out), threads=1)
+    first = run_arm(arm, arms_directory(out))
     samples = load_samples(arm, out)
-    again = run_arm(arm, arms_directory(out), threads=1)
+    again = run_arm(arm, arms_directory(out))
     assert torch.equal(samples, load_samples(arm, out)) and samples.shape == (40, 32)
     assert first["measures"] == again["measures"] and set(first["measures"]) > {
         "off_subspace_sd", "component_ratio_5"}
@@ -153,24 +153,26 @@ def test_another_file_in_the_same_place_is_another_arm(arm, tmp_path):
     assert of_data.training_key != first
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+def test_workers_take_their_threads_and_end_with_a_parent_that_is_killed(tmp_path):
     code = (
-        "import os, time\n"
+        "import os, time, torch\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from robustdm.studies.runner import _end_with\n"
+        "from robustdm.studies.runner import _begin_worker\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _end_with, (os.getpid(),))\n"
+        "    of = (os.getpid(), 3)\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), _begin_worker, of)\n"
+        "    threads = pool.submit(torch.get_num_threads).result()\n"
         "    future = pool.submit(time.sleep, 60)\n"
-        "    print(pool.submit, list(pool._processes)[0], flush=True)\n"
+        "    print(threads, list(pool._processes)[0], flush=True)\n"
         "    future.result()\n"
     )
     script = tmp_path / "parent.py"
     script.write_text(code)
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    worker = int(parent.stdout.readline().split()[-1])
-    time.sleep(8)  # until it has imported what it runs, and begun to watch
+    threads, worker = map(int, parent.stdout.readline().split())
+    assert threads == 3  # and the worker has begun to watch
     parent.kill()
     parent.wait()
     for _ in range(100):
@@ -426,7 +428,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights(arm, tmp_path):
     kept = arms_directory(tmp_path / "study")
     plain = replace(arm, config=replace(arm.config, steps=4))
     tuned = replace(arm, config=replace(arm.config, steps=1, lr=1e-12), start=plain.config)
-    run_arm(tuned, kept, threads=1)  # trains the other first, as it is not there
+    run_arm(tuned, kept)  # trains the other first, as it is not there
     first, second = (load_model(a, tmp_path / "study").state_dict() for a in (plain, tuned))
     for name, value in first.items():
         assert torch.allclose(value, second[name], atol=1e-6), name

@@ -190,9 +190,8 @@ def _train(arm: Arm, kept: Path, data: Data) -> dict:
     return record
 
 
-def run_arm(arm: Arm, kept: Path, threads: int) -> dict:
+def run_arm(arm: Arm, kept: Path) -> dict:
     """Train, sample and measure one arm; writes record, weights and samples into ``kept``."""
-    torch.set_num_threads(threads)
     data = arm.make_data(arm.config)
     device = resolve_device(arm.config.device)
     trained = _train(arm, kept, data)
@@ -266,7 +265,6 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not jobs:
         jobs = 1 if torch.cuda.is_available() else cores
-    threads = max(1, cores // jobs)
     records: dict[Arm, dict] = {}
     for arm in arms:
         path = kept / f"{arm.key}.json"
@@ -289,7 +287,7 @@ def run_arms(arms: Sequence[Arm], out: Path, jobs: int = 0) -> list[dict]:
               f"({', '.join(sorted(r[:10] for r in others))}): --fresh runs them again",
               flush=True)
     begin = time.perf_counter()
-    for done, (arm, record) in enumerate(_finished(order, kept, jobs, threads), 1):
+    for done, (arm, record) in enumerate(_finished(order, kept, jobs, max(1, cores // jobs)), 1):
         records[arm] = record
         left = (time.perf_counter() - begin) / done * (len(missing) - done)
         print(f"[{done}/{len(missing)}] {arm.group} / {arm.name}, seed {arm.config.seed}; "
@@ -302,8 +300,9 @@ def revisions(record: dict) -> set[str]:
     return {record[key] for key in ("git", "trained_git") if record.get(key)}
 
 
-def _end_with(parent: int) -> None:
-    """Let this worker end when its parent is gone: killed, it cannot tell."""
+def _begin_worker(parent: int, threads: int) -> None:
+    """Take a share of the cores, and end when the parent is gone: killed, it cannot tell."""
+    torch.set_num_threads(threads)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -321,12 +320,13 @@ def _finished(
     try:
         if jobs == 1:
             for arm in (arm for part in order for arm in part):
-                yield arm, run_arm(arm, kept, threads)
+                yield arm, run_arm(arm, kept)
             return
         # A fresh interpreter per process: forking one that holds threads or a GPU can hang.
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
+        spawn, share = get_context("spawn"), (os.getpid(), threads)
+        with ProcessPoolExecutor(jobs, spawn, _begin_worker, share) as pool:
             for part in order:
-                running = {pool.submit(run_arm, arm, kept, threads): arm for arm in part}
+                running = {pool.submit(run_arm, arm, kept): arm for arm in part}
                 try:
                     for future in as_completed(running):
                         arm = running[future]
