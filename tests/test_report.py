@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from html.parser import HTMLParser
 
@@ -362,6 +363,15 @@ def test_point_view_shows_clean_data_edge_on():
     assert [ax.texts[0].get_text() for ax in axes if ax.texts] == ["500 outside"] * 2
     for plane in view.planes:
         assert np.allclose(plane.T @ plane, np.eye(2))
+
+
+def test_a_point_view_of_many_points_takes_no_more_memory_than_they_do():
+    points = np.random.default_rng(0).normal(size=(4000, 8))
+    tracemalloc.start()
+    plots.point_view(points)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * points.nbytes
 
 
 @pytest.mark.parametrize("dims", [1, 2, 32])
