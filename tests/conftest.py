@@ -55,7 +55,19 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+# Files of few but long tests: begun last, they would keep one worker of several busy at the end.
+LONG = ("test_faults", "test_studies", "test_distributed", "test_step", "test_cubins", "test_docs",
+        "test_evaluate", "test_train")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist's own order is by the number of tests
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(name) if (name := item.module.__name__) in LONG else len(
+        LONG))
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
