@@ -139,7 +139,12 @@ def _fits(found, own) -> bool:
             map(_fits, found, own))
     if own is None or isinstance(own, (bool, str)):
         return found is own or type(found) is type(own) and found == own
-    return type(found) in (int, float) and found >= 0 and math.isfinite(found)
+    return is_amount(found)
+
+
+def is_amount(value) -> bool:
+    """Whether it is a number that float32 holds, and not negative."""
+    return type(value) in (int, float) and 0 <= value <= torch.finfo(torch.float32).max
 
 
 def load_optimizer(

@@ -36,6 +36,7 @@ from robustdm.training.optimizer import EMA, SkippingAdamW
 from robustdm.training.restore import (
     check_finite,
     check_model_shapes,
+    is_amount,
     load_optimizer,
     not_finite,
     optimizer_tensors,
@@ -484,8 +485,9 @@ class Trainer:
         try:
             self._restore(checkpoint)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            what = " ".join(str(error).split())  # torch lists what it would take, line by line
             raise RunError(f"{checkpoint.path} is not a checkpoint of a run of this version "
-                           f"({type(error).__name__}: {error}): continue it with the version that "
+                           f"({type(error).__name__}: {what}): continue it with the version that "
                            "wrote it") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -496,6 +498,9 @@ class Trainer:
                 f"version has {random.LAYOUT_VERSION}: continue it with the version that wrote it"
             )
         check_same_data(state["data"], self.data.identity(), checkpoint.path)
+        for name in ("elapsed", "skipped"):
+            if not is_amount(state[name]):
+                raise ValueError(f"{name} is {state[name]!r}")
         check_finite(checkpoint)
         tensors = checkpoint.tensors
         if self.config.lora:
@@ -514,7 +519,7 @@ class Trainer:
                 network.load_state_dict(tensors[name])
         self.optimizer.write_copies()
         load_optimizer(self.optimizer, moments, state["optimizer"])
-        self.step, self.elapsed = checkpoint.step, float(state["elapsed"])
+        self.step, self.elapsed = checkpoint.step, state["elapsed"]
         self.skipped.fill_(state["skipped"])
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 NAMES = ("arrays", "checkpoint", "cifar", "config", "diffusers", "images", "improved", "report",
-         "run", "zip")
+         "resume", "run", "zip")
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from robustdm.models import build_model
 from robustdm.training import checkpoint, rundir
 from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.run import load_run
+from robustdm.training.trainer import Trainer
 
 
 class Target:
@@ -343,6 +344,39 @@ class Run(Target):
             raise errors[0]
 
 
+class Resume(Target):
+    """The checkpoint that a run is continued from: it is refused, or the next step can be taken."""
+
+    name = "resume"
+    modules = ("robustdm/training/restore.py", "robustdm/training/trainer.py")
+    slots = ("state.json", "optimizer.safetensors", "model.safetensors", "ema_0.995.safetensors")
+    _fields = dict(_POINTS, num_points=64, batch_size=8, ema_rates=(0.995,), device="cpu")
+
+    @cached_property
+    def _trainer(self) -> Trainer:
+        return Trainer(TrainConfig(**{**preset_values("plane"), **self._fields}))
+
+    @cached_property
+    def files(self):
+        trainer = self._trainer
+        trainer.train_step(torch.ones(8, 3))
+        made = _checkpoint_files(trainer.step, *trainer.state())
+        for name in self.slots:
+            made[name] = made[f"checkpoints/step-00000001/{name}"]
+        return made
+
+    def write(self, folder, slot, content):
+        _signed(folder / "checkpoints/step-00000001", slot, content)
+
+    def read(self, folder, slot):
+        loaded = checkpoint.load_newest(folder / "checkpoints")
+        trainer = Trainer(self._trainer.config, self._trainer.data)
+        trainer.restore(loaded)
+        trainer.train_step(torch.ones(8, 3))
+        assert trainer.step == loaded.step + 1
+        json.dumps(trainer.state()[1], allow_nan=False)
+
+
 class Config(Target):
     """A YAML file of a configuration."""
 
@@ -490,4 +524,4 @@ class Improved(Target):
 
 
 TARGETS = {target.name: target for target in (
-    Arrays, Checkpoint, Cifar, Config, Diffusers, Images, Improved, Report, Run, Zip)}
+    Arrays, Checkpoint, Cifar, Config, Diffusers, Images, Improved, Report, Resume, Run, Zip)}
