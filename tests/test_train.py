@@ -342,6 +342,37 @@ def test_numbers_that_a_checkpoint_cannot_have(tmp_path, change):
         quiet(replace(config, steps=4, resume=True))
 
 
+@pytest.mark.parametrize("name, instead, what", [
+    ("exp_avg", None, "exp_avg of parameter 0 missing"),
+    ("exp_avg_sq", "exp_avh", "'exp_avh' of parameter 0 is no moment of AdamW"),
+    ("", None, "exp_avg, exp_avg_sq, step of parameter 0 missing")])
+def test_moments_that_a_checkpoint_lacks(tmp_path, name, instead, what):
+    config = points(tmp_path, steps=2)
+    quiet(config)
+    found = load_newest(config.out / "checkpoints")
+    moments = found.tensors["optimizer"]
+    for key in [key for key in moments if key.startswith("0.") and name in ("", key[2:])]:
+        value = moments.pop(key)
+        if instead:
+            moments[f"0.{instead}"] = value
+    save_checkpoint(found.path.parent, found.step, found.tensors, found.state)
+    with pytest.raises(RunError, match=re.escape(what)):
+        quiet(replace(config, steps=4, resume=True))
+
+
+@pytest.mark.parametrize("file", ["model", "ema_0.995", "optimizer"])
+def test_weights_of_another_network_are_named(tmp_path, file):
+    config = points(tmp_path, steps=2, ema_rates=(0.995,))
+    quiet(config)
+    found = load_newest(config.out / "checkpoints")
+    name, value = next(iter(found.tensors[file].items()))
+    del found.tensors[file][name]
+    found.tensors[file]["9999.other"] = value
+    save_checkpoint(found.path.parent, found.step, found.tensors, found.state)
+    with pytest.raises(UsageError, match="another architecture: .*9999.other"):
+        quiet(replace(config, steps=4, resume=True))
+
+
 def test_a_nan_is_neither_loaded(tmp_path):
     quiet(points(tmp_path))
     for file in ("model", f"ema_{points(tmp_path).ema_rates[0]}", "optimizer"):

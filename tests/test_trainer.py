@@ -145,7 +145,7 @@ def test_bf16_weights_follow_their_float32_masters(backend):
     fresh = Trainer(images(precision="bf16", backend=backend))
     tensors, state = trainer.state()
     assert {v.dtype for v in tensors["model"].values()} == {torch.float32}
-    fresh.restore(Checkpoint(Path("x"), 3, tensors, state))
+    fresh.restore(Checkpoint(3, Path("x"), tensors, state))
     for q, r in zip(trainer.network.parameters(), fresh.network.parameters(), strict=True):
         assert torch.equal(q, r)
 

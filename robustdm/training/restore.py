@@ -104,6 +104,7 @@ def _refuse(problems: list[str]) -> None:
         )
 
 
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of every parameter that AdamW has updated
 # How the update is computed on this machine, not what it computes: never taken from a checkpoint.
 _LOCAL_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -174,6 +175,8 @@ def load_optimizer(
         if not number.isdigit() or int(number) >= len(parameters):
             problems.append(f"parameter {name} is unknown to the network")
             continue
+        if key not in _MOMENTS:
+            raise ValueError(f"{key!r} of parameter {names[int(number)]} is no moment of AdamW")
         parameter = parameters[int(number)]
         needed = () if key == "step" else tuple(parameter.shape)
         if tuple(tensor.shape) != needed:
@@ -188,6 +191,11 @@ def load_optimizer(
         )
         state.setdefault(int(number), {})[key] = value
     _refuse(problems)
+    for number, name in enumerate(names):
+        moments = state.get(number, {}).keys()
+        # Those that are frozen have none, nor has any before the first step.
+        if moments != _MOMENTS and (moments or state and parameters[number].requires_grad):
+            raise ValueError(f"{', '.join(sorted(_MOMENTS - moments))} of parameter {name} missing")
     groups = []
     for saved, own, live in zip(
         saved_groups, current["param_groups"], optimizer.param_groups, strict=True

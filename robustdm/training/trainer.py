@@ -507,12 +507,13 @@ class Trainer:
             own, self._origin_file = load_origin(checkpoint), state["origin"]
             tensors = tensors | {name: lora.joined(own, found) for name, found in tensors.items()
                                  if name != "optimizer"}
-        check_model_shapes(self.model, tensors["model"])
+        networks = {"model": self.model} | {f"ema_{ema.rate}": ema.model for ema in self.emas}
+        for name, network in networks.items():
+            check_model_shapes(network, tensors[name])
         moments = tensors["optimizer"]
         if self.sharded:
             moments = sharded.parted(moments, list(self.model.parameters()))
-        for network, name in ((self.model, "model"), *((e.model, f"ema_{e.rate}")
-                                                       for e in self.emas)):
+        for name, network in networks.items():
             if self.sharded:
                 sharded.load(network, tensors[name])
             else:
