@@ -105,7 +105,7 @@ def test_one_graph_holds_an_exact_step():
 
 
 def test_a_step_without_regulariser_is_plain_ddpm():
-    model = network()
+    model = network((8,))
     step = GradientStep(model, objective(reg_every=2))
     graphs = recorded(step)
     x0 = images()
