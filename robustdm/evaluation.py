@@ -27,7 +27,9 @@ from robustdm.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    kernel_sums,
     manifold,
+    neighbour_radii,
     sliced_wasserstein,
 )
 from robustdm.sampling import check_settings, sample, timesteps
@@ -260,7 +262,7 @@ def measure(
 
     Args:
         features: of the samples.
-        reference: features (M, D) of the clean data, or their statistics (Frechet only).
+        reference: features (M, D) of the clean data, or their statistics.
         metrics: of METRICS; those that cannot be had (no logits, statistics alone) are left out.
         splits: disjoint parts of the samples. Frechet and kernel distances of parts are measured
             against the whole reference; a Frechet distance of fewer samples is larger.
@@ -282,12 +284,15 @@ def measure(
                 raise UsageError(
                     f"{number} {what} are too few for a Frechet distance of {dims} features: take "
                     f"more than {dims}, or leave frechet out of --metrics")
-        dims_there = len(reference.mean) if known else reference.shape[1]
-        if dims_there != dims:
-            raise UsageError(f"reference has {dims_there} features and the samples {dims}: it was "
-                             "made by another extractor or of images of another size")
+    dims_there = len(reference.mean) if known else reference.shape[1]
+    if dims_there != dims:
+        raise UsageError(f"reference has {dims_there} features and the samples {dims}: it was made "
+                         "by another extractor or of images of another size")
     statistics = reference if known else FeatureStatistics.of(reference)
-    points = None if known else reference[:_MAX_REFERENCE]
+    points = None if known else reference[:_MAX_REFERENCE].to(features.features.device)
+    # Of the reference alone: all parts are measured against it.
+    sums = kernel_sums(points) if "kernel" in metrics and not known else None
+    radii = neighbour_radii(points) if "manifold" in metrics and not known else None
 
     def values(part: Features) -> dict[str, float]:
         x, made = part.features, {}
@@ -295,25 +300,24 @@ def measure(
             made["frechet"] = frechet_distance(x, statistics)
         if "inception_score" in metrics and part.logits is not None:
             made["inception_score"] = inception_score(part.logits, min(10, len(x))).value
-        if points is None:
-            return made
-        if "kernel" in metrics:
-            made["kernel"] = kernel_distance(x, points).value
-        if "manifold" in metrics:
-            made |= manifold(x, points)._asdict()
-        if "sliced_wasserstein" in metrics:
+        if sums is not None:
+            made["kernel"], made["kernel_error"] = kernel_distance(x, points, sums=sums)
+        if radii is not None:
+            made |= manifold(x, points, radii=radii)._asdict()
+        if "sliced_wasserstein" in metrics and not known:
             made["sliced_wasserstein"] = sliced_wasserstein(x, points)
         if "deviation" in metrics:
-            ratios = deviation_ratios(x, points)
+            ratios = deviation_ratios(x, statistics)
             made["deviation"] = ratios[: max(1, len(ratios) // 4)].mean().item()
         return made
 
     whole = values(features)
+    error = whole.pop("kernel_error", None)
     # Every splits-th sample: a folder may be sorted by class.
     parts = [
         values(Features(*(None if v is None else v[i::splits] for v in features)))
         for i in range(splits)
-    ] if count // splits > 10 else []
+    ] if splits > 1 and count // splits > 10 else []
     results = {}
     for name, value in whole.items():
         results[name] = {"value": value, "samples": count}
@@ -322,7 +326,7 @@ def measure(
             results[name] |= {"parts": len(known_parts), "part_mean": known_parts.mean().item(),
                               "part_sd": known_parts.std().item()}
     if "kernel" in results:
-        results["kernel"]["error"] = kernel_distance(features.features, points).error
+        results["kernel"]["error"] = error
     return results
 
 

@@ -89,10 +89,13 @@ def test_samples_that_are_there(digits_npz, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     save_images(folder, load_digits()[::2])
-    # The statistics saved before serve as the reference, for the Frechet distance alone.
+    # The statistics saved before serve as the reference, for what needs no more.
     clean = run(evaluate, tmp_path / "clean", "--samples", folder, "--reference",
                 tmp_path / "ref.npz")["results"]
-    assert set(clean) == {"frechet", "inception_score"}
+    assert set(clean) == {"frechet", "inception_score", "deviation"}
+    with pytest.raises(UsageError, match="64 features and the samples 16: .*another extractor"):
+        evaluation.measure(features.Features(torch.zeros(20, 16), None),
+                           FeatureStatistics.load(tmp_path / "ref.npz"), ("deviation",))
     assert clean["frechet"]["value"] < 0.4 * noisy["frechet"]["value"]
     assert clean["frechet"]["parts"] == 5
     assert clean["frechet"]["part_mean"] > clean["frechet"]["value"]

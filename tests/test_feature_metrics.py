@@ -14,8 +14,10 @@ from robustdm.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    kernel_sums,
     manifold,
     nearest,
+    neighbour_radii,
 )
 
 
@@ -29,11 +31,15 @@ def test_streamed_statistics_are_those_of_the_whole():
     made = FeatureStatistics()
     for part in (x[:1], x[1:1], x[1:300], x[300:]):
         made.update(part)
+        assert made.count < 2 or len(made.axes) == 2  # of what came so far
     assert made.count == 1000
     assert torch.allclose(made.mean, x.double().mean(0), rtol=1e-12)
     assert torch.allclose(made.covariance, torch.cov(x.double().T), rtol=1e-9, atol=1e-12)
     other = features(700, seed=1)
-    assert frechet_distance(made, other) == pytest.approx(frechet_distance(x, other), rel=1e-10)
+    for a, b in ((made, x), (other, other)):
+        wanted = frechet_distance(b, other)
+        assert frechet_distance(a, other) == pytest.approx(wanted, rel=1e-10)
+        assert frechet_distance(other, a) == pytest.approx(wanted, rel=1e-10)
 
 
 def test_statistics_travel_as_an_npz(tmp_path):
@@ -47,6 +53,7 @@ def test_statistics_travel_as_an_npz(tmp_path):
     edm = FeatureStatistics.load(tmp_path / "edm.npz")
     assert edm.count is None
     assert frechet_distance(edm, y) == pytest.approx(frechet_distance(x, y), rel=1e-10)
+    assert torch.allclose(deviation_ratios(y, edm), deviation_ratios(y, x), rtol=1e-10)
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
     np.savez(tmp_path / "text.npz", mu=np.array(["a"]), sigma=np.array([["a"]]))
@@ -83,6 +90,7 @@ def test_kernel_distance_and_its_jackknife(block):
         values = np.array([left(i) for i in range(len(x))])
         total += (len(x) - 1) / len(x) * ((values - values.mean()) ** 2).sum()
     assert made.error == pytest.approx(total**0.5, rel=1e-8)
+    assert kernel_distance(a, b, block=block, sums=kernel_sums(b, block)) == made
 
 
 def test_kernel_distance_is_unbiased_and_its_error_is_right():
@@ -121,7 +129,9 @@ def naive_manifold(a, b, k, wide):
 @pytest.mark.parametrize("block", [17, 4096])
 def test_manifold_against_its_definition(block):
     a, b = features(80, shift=0.5), features(90, seed=1, scale=1.3)
-    assert manifold(a, b, block=block) == pytest.approx(naive_manifold(a, b, 3, 5))
+    made = manifold(a, b, block=block)
+    assert made == pytest.approx(naive_manifold(a, b, 3, 5))
+    assert manifold(a, b, block=block, radii=neighbour_radii(b, block=block)) == made
     # Every measure tells: samples that shrink are precise and recall nothing.
     shrunk = manifold(0.1 * features(80), features(90, seed=1))
     assert shrunk.precision == 1 and shrunk.recall < 0.1
@@ -129,6 +139,8 @@ def test_manifold_against_its_definition(block):
     assert far == (0, 0, 0, 0)
     with pytest.raises(ValueError, match="5 neighbours"):
         manifold(features(5), b)
+    with pytest.raises(ValueError, match="5 features do not have 5 neighbours"):
+        neighbour_radii(b[:5])
 
 
 def test_twins_are_neighbours():
@@ -158,6 +170,9 @@ def test_deviation_ratios_show_shrinkage_and_noise():
     assert deviation_ratios(a, b) == pytest.approx([0.5] * 3, rel=0.05)
     noisy = a + 0.1 * features(4000, 4, seed=2)
     assert deviation_ratios(noisy, b)[2] == pytest.approx(1.25**0.5, rel=0.05)
+    for few in (b[:1], FeatureStatistics(), features(30, 3)):
+        with pytest.raises(ValueError, match="do not compare"):
+            deviation_ratios(a, few)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from robustdm.metrics.basic import (
 )
 from robustdm.metrics.frechet import FeatureStatistics, frechet_distance
 from robustdm.metrics.inception import inception_score
-from robustdm.metrics.kernel import Estimate, kernel_distance
-from robustdm.metrics.neighbours import Manifold, manifold, nearest, nearness
+from robustdm.metrics.kernel import Estimate, kernel_distance, kernel_sums
+from robustdm.metrics.neighbours import Manifold, manifold, nearest, nearness, neighbour_radii
 
 __all__ = [
     "Estimate", "FeatureStatistics", "Manifold", "deviation_ratios", "frechet_distance",
-    "inception_score", "kernel_distance", "manifold", "nearest", "nearness", "noise_level", "psnr",
-    "sliced_wasserstein", "spread", "subspace_error",
+    "inception_score", "kernel_distance", "kernel_sums", "manifold", "nearest", "nearness",
+    "neighbour_radii", "noise_level", "psnr", "sliced_wasserstein", "spread", "subspace_error",
 ]

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustdm.metrics.frechet import FeatureStatistics
 from robustdm.random import Stream, element_index, normal, philox
 
 # median(|z|) of a standard normal z.
@@ -56,14 +57,15 @@ def spread(samples: Tensor) -> float:
     return samples.flatten(1).double().std(dim=0, correction=0).mean().item()
 
 
-def deviation_ratios(samples: Tensor, reference: Tensor) -> Tensor:
+def deviation_ratios(samples: Tensor, reference: Tensor | FeatureStatistics) -> Tensor:
     """Standard deviation of samples over that of a reference, along the reference's principal axes.
 
     Below 1 the samples vary less than they should; noise shows in the last axes, shrinkage in the
     first.
 
     Args:
-        samples, reference: (N, ...) and (M, ...) with the same trailing shape of D elements.
+        samples, reference: (N, ...) and (M, ...) with the same trailing shape of D elements, or
+            the reference's statistics.
 
     Returns:
         (K,) float64 in falling order of the reference's deviation; axes in which the reference
@@ -72,11 +74,13 @@ def deviation_ratios(samples: Tensor, reference: Tensor) -> Tensor:
     Raises:
         ValueError: if a set has fewer than two points or the trailing shapes differ.
     """
-    a, b = samples.flatten(1).double(), reference.flatten(1).double().to(samples.device)
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"sets of shape {tuple(a.shape)} and {tuple(b.shape)} do not compare")
-    variances, axes = torch.linalg.eigh(torch.cov(b.T).reshape(b.shape[1], -1))
-    variances, axes = variances.flip(0), axes.flip(1)
+    if not isinstance(reference, FeatureStatistics):
+        reference = FeatureStatistics.of(reference)
+    a = samples.flatten(1).double()
+    size = reference.count, 0 if reference.mean is None else len(reference.mean)
+    if min(len(a), 2 if size[0] is None else size[0]) < 2 or a.shape[1] != size[1]:
+        raise ValueError(f"sets of shape {tuple(a.shape)} and {size} do not compare")
+    variances, axes = (part.flip(-1).to(a.device) for part in reference.axes)
     kept = variances > variances[0] * 1e-12
     projected = (a @ axes[:, kept]).std(dim=0, correction=0)
     return projected / variances[kept].sqrt()

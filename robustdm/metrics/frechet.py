@@ -25,6 +25,7 @@ class FeatureStatistics:
     def __init__(self, count: int | None = 0, mean: Tensor | None = None,
                  scatter: Tensor | None = None):
         self.count, self.mean, self._scatter = count, mean, scatter
+        self._axes: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, features: Tensor, block: int = 8192) -> FeatureStatistics:
@@ -39,6 +40,7 @@ class FeatureStatistics:
         x = features.flatten(1).double()
         if not len(x):
             return
+        self._axes = None
         mean = x.mean(0)
         centred = x - mean
         scatter = centred.T @ centred
@@ -63,6 +65,17 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"{self.count} features have no covariance: it takes two")
         return self._scatter / (self.count - 1)
+
+    @property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """The principal axes: variances (D,) in rising order, and (D, D) with a column for each.
+
+        Raises:
+            ValueError: for fewer than two features.
+        """
+        if self._axes is None:
+            self._axes = tuple(torch.linalg.eigh(self.covariance))
+        return self._axes
 
     def save(self, path: Path) -> None:
         """Write an .npz with the keys ``mu`` and ``sigma``, which EDM's fid.py reads, and
@@ -119,9 +132,10 @@ def frechet_distance(a: Tensor | FeatureStatistics, b: Tensor | FeatureStatistic
         sizes = [(s.count, 0 if s.mean is None else len(s.mean)) for s in (a, b)]
         raise ValueError(f"sets of shape {sizes[0]} and {sizes[1]} do not compare")
     first, second = a.covariance, b.covariance.to(a.mean.device)
-    values, vectors = torch.linalg.eigh(first)
+    # The root of the second: it is often the reference of several.
+    values, vectors = (part.to(a.mean.device) for part in b.axes)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = root @ second @ root
+    product = root @ first @ root
     overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean.to(a.mean.device)).square().sum() + first.trace() + second.trace()
     return (distance - 2 * overlap).clamp(min=0).item()

@@ -15,7 +15,9 @@ class Estimate(NamedTuple):
     error: float
 
 
-def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
+def kernel_distance(
+    a: Tensor, b: Tensor, block: int = 4096, sums: Tensor | None = None
+) -> Estimate:
     """Unbiased squared maximum mean discrepancy under the kernel (<x, y> / D + 1)^3.
 
     Over all pairs, in float64, block by block; memory does not grow with the sets. The usual mean
@@ -25,6 +27,7 @@ def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     Args:
         a, b: (N, ...) and (M, ...) features with the same trailing shape, at least three each.
         block: features per block.
+        sums: `kernel_sums` of b, where several sets are compared with it.
 
     Returns:
         The distance and its standard error over both sets (jackknife; up to half too
@@ -39,8 +42,14 @@ def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     n, m = len(a), len(b)
     if min(n, m) < 3 or a.shape[1] != b.shape[1]:
         raise ValueError(f"sets of shape {tuple(a.shape)} and {tuple(b.shape)} do not compare")
-    within_a, within_b = _row_sums(a, a, block, True), _row_sums(b, b, block, True)
-    across_a, across_b = _row_sums(a, b, block, False), _row_sums(b, a, block, False)
+    within_a = kernel_sums(a, block)
+    within_b = (kernel_sums(b, block) if sums is None else sums).to(a.device)
+    across_a, across_b = (torch.zeros(k, dtype=torch.float64, device=a.device) for k in (n, m))
+    for i in range(0, n, block):
+        for j in range(0, m, block):
+            values = _kernel(a[i:i + block], b[j:j + block])
+            across_a[i:i + block] += values.sum(1)
+            across_b[j:j + block] += values.sum(0)
     sum_a, sum_b, sum_ab = within_a.sum(), within_b.sum(), across_a.sum()
     mean_a, mean_b = sum_a / (n * (n - 1)), sum_b / (m * (m - 1))
     value = mean_a + mean_b - 2 * sum_ab / (n * m)
@@ -54,18 +63,22 @@ def kernel_distance(a: Tensor, b: Tensor, block: int = 4096) -> Estimate:
     return Estimate(value.item(), variance.sqrt().item())
 
 
-def _row_sums(a: Tensor, b: Tensor, block: int, same: bool) -> Tensor:
-    """(N,) sums over b of the kernel; if both are the same set, without a feature's own."""
-    sums = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for i, rows in enumerate(a.split(block)):
-        rows = rows.double()
-        part = sums[i * block : i * block + len(rows)]
-        for columns in b.split(block):
-            part += _kernel(rows @ columns.to(rows).T, a.shape[1]).sum(1)
-        if same:
-            part -= _kernel(rows.square().sum(1), a.shape[1])
+def kernel_sums(x: Tensor, block: int = 4096) -> Tensor:
+    """The kernel of each feature with all others of its set, summed: (N, ...) -> (N,) float64."""
+    x = x.flatten(1)
+    sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for i in range(0, len(x), block):
+        rows = x[i:i + block]
+        for j in range(i, len(x), block):
+            values = _kernel(rows, x[j:j + block])
+            if i == j:
+                values.fill_diagonal_(0)
+            else:
+                sums[j:j + block] += values.sum(0)
+            sums[i:i + block] += values.sum(1)
     return sums
 
 
-def _kernel(products: Tensor, dims: int) -> Tensor:
-    return (products / dims + 1) ** 3
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    products = a.double() @ b.to(a.device).double().T
+    return products.div_(a.shape[1]).add_(1).pow_(3)

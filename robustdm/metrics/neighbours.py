@@ -24,7 +24,8 @@ class Manifold(NamedTuple):
 
 
 def manifold(samples: Tensor, reference: Tensor, neighbours: int = 3,
-             density_neighbours: int = 5, block: int = 4096) -> Manifold:
+             density_neighbours: int = 5, block: int = 4096,
+             radii: Tensor | None = None) -> Manifold:
     """Fidelity and diversity of samples, by balls that reach to a point's k-th nearest neighbour.
 
     ``precision``: share of samples inside a ball of the reference. ``recall``: share of the
@@ -37,6 +38,7 @@ def manifold(samples: Tensor, reference: Tensor, neighbours: int = 3,
         neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
         block: features per block.
+        radii: `neighbour_radii` of the reference, where several sets are compared with it.
 
     Raises:
         ValueError: if a set has no more features than neighbours, or the trailing shapes differ.
@@ -49,12 +51,12 @@ def manifold(samples: Tensor, reference: Tensor, neighbours: int = 3,
         raise ValueError(f"sets of shape {tuple(a.shape)} and {tuple(b.shape)} do not compare with "
                          f"{most} neighbours")
     b = b.to(a.device)
+    radii = (neighbour_radii(b, most, block) if radii is None else radii).to(a.device)
     # About the common mean, where rounding of the products is smallest.
     centre = b.mean(0)
     a, b = a - centre, b - centre
-    radii_b = _neighbour_distances(b, most, block)
     radii_a = _neighbour_distances(a, neighbours, block)[:, neighbours - 1]
-    near, wide = radii_b[:, neighbours - 1], radii_b[:, density_neighbours - 1]
+    near, wide = radii[:, neighbours - 1], radii[:, density_neighbours - 1]
     inside = inside_count = 0
     recalled = torch.zeros(len(b), dtype=torch.bool, device=a.device)
     covered = torch.zeros_like(recalled)
@@ -107,6 +109,18 @@ def nearest(queries: Tensor, targets: Tensor, block: int = 4096,
     return best, index
 
 
+def neighbour_radii(reference: Tensor, count: int = 5, block: int = 4096) -> Tensor:
+    """Squared distances of features to their nearest others: (M, ...) -> (M, count), rising.
+
+    Raises:
+        ValueError: if there are not so many others.
+    """
+    x = reference.flatten(1).float()
+    if len(x) <= count:
+        raise ValueError(f"{len(x)} features do not have {count} neighbours each")
+    return _neighbour_distances(x - x.mean(0), count, block)
+
+
 def _neighbour_distances(x: Tensor, count: int, block: int) -> Tensor:
     """(N, count) squared distances to the nearest other points, in rising order."""
     found = []
@@ -120,8 +134,8 @@ def _neighbour_distances(x: Tensor, count: int, block: int) -> Tensor:
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    distance = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
-    return distance.clamp_(min=0)
+    distance = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+    return distance.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def nearness(similarity: Tensor) -> dict[str, float]:

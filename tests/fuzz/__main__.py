@@ -24,7 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=[*NAMES, "all"])
-    parser.add_argument("--minutes", type=float, default=10, help="for each target")
+    parser.add_argument("--minutes", type=float, default=10,
+                        help="of the processor, for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
     parser.add_argument("--engine", choices=["atheris", "trace"],

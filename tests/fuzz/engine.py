@@ -97,13 +97,13 @@ class Session:
 def explore(session: Session, seed: int, seconds: float = 0, executions: int = 0,
             trace: bool = True) -> None:
     """Mutate for so many seconds or executions, keeping what leads somewhere new if ``trace``."""
-    draw, end = Random(seed), time.monotonic() + seconds
+    draw, end = Random(seed), time.process_time() + seconds
     step = session.traced if trace else session.run
     corpus = session.seeds()
     for data in corpus:
         step(data)
     end_count = session.executions + executions
-    while session.executions < end_count or time.monotonic() < end:
+    while session.executions < end_count or time.process_time() < end:
         data = mutate(draw.choice(corpus), draw, corpus)[:MAX_BYTES]
         if step(data):
             corpus.append(data)
@@ -120,7 +120,7 @@ def explore_with_atheris(session: Session, seed: int, seconds: float, finish) ->
     seeds = session.seeds()
     for k, data in enumerate(session.target.seeds()):
         (corpus / f"seed-{k}").write_bytes(data)
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
 
     def change(data, max_size, number):
         draw = Random(number)
@@ -129,7 +129,7 @@ def explore_with_atheris(session: Session, seed: int, seconds: float, finish) ->
         return mutate(data, draw, seeds)[:max_size]
 
     def one_input(data):
-        if time.monotonic() > end:
+        if time.process_time() > end:
             for path in sorted(corpus.iterdir()):
                 session.traced(path.read_bytes())
             finish()
