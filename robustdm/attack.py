@@ -63,8 +63,9 @@ class AttackConfig:
     """Round samples to 8 bits before the features; by default all but pixels and digits do."""
     ema: float | None = None
     """Decay rate of the averaged weights to use."""
-    batch_size: int = 256
-    """Samples computed at once."""
+    batch_size: int | None = None
+    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
+    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
     seed: int = 0
     """Of the samples and the attacks: every attack starts from the same noise."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -44,6 +44,11 @@ def normalisable(x: Tensor, weight: Tensor | None) -> Tensor:
     return x.contiguous() if behind_frozen and x.device.type == "cpu" else x
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that an allocation failed, on the GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the host memory it frees, for the next tensor of that size.
 

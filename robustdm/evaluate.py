@@ -68,8 +68,9 @@ class EvaluateConfig:
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest sound one if not given."""
-    batch_size: int = 64
-    """Samples made at once."""
+    batch_size: int | None = None
+    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
+    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
     seed: int = 0
     """Sample k of a seed is the same whatever --num and --batch-size."""
     precision: Literal["fp32", "bf16"] = "fp32"

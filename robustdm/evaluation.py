@@ -32,7 +32,7 @@ from robustdm.metrics import (
     neighbour_radii,
     sliced_wasserstein,
 )
-from robustdm.sampling import check_settings, sample, timesteps
+from robustdm.sampling import check_settings, default_batch, enough_memory, sample, timesteps
 from robustdm.schedule import NoiseSchedule
 
 METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "inception_score")
@@ -103,7 +103,7 @@ def open_pipeline(
 
 
 def generate(
-    generator: Generator, num: int, *, batch_size: int = 64, seed: int = 0,
+    generator: Generator, num: int, *, batch_size: int | None = None, seed: int = 0,
     precision: str = "fp32", compile: bool = False, attack=None,
     baseline: Baseline | None = None,
     progress: Callable[[int, int], None] | None = None, device: torch.device | str = "cpu",
@@ -112,6 +112,7 @@ def generate(
     """Batches of samples (B, *shape), on the CPU, as they are made.
 
     Args:
+        batch_size: `default_batch` of the samples' shape if None.
         attack: an attack on the trajectory; the network is then differentiable.
         baseline: what is done to a plain DDPM against noise.
         progress: called as progress(done, total), in sample-steps of all ranks.
@@ -121,7 +122,7 @@ def generate(
 
     Raises:
         UsageError: for a setting out of range.
-        RunError: if samples are not finite.
+        RunError: if samples are not finite, or memory runs out.
         PeerError: if another rank has failed.
     """
     defaults = dict(sampler="ddpm", steps=None, spacing="linspace", variance="fixed_large", eta=0.0)
@@ -129,6 +130,7 @@ def generate(
     if baseline is not None:
         settings["stop"] = baseline.stop
         baseline.finish(torch.zeros(1, *generator.shape))
+    batch_size = default_batch(generator.shape) if batch_size is None else batch_size
     check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)
     network = fast_network(generator.model, precision=precision, compile=compile, device=device,
                            differentiable=attack is not None)
@@ -140,11 +142,12 @@ def generate(
     with ranks.apart(num * steps, progress) as report:
         for first in range(part.start, part.stop, batch_size):
             before = (first - part.start) * steps
-            made = sample(network, generator.schedule, generator.shape,
-                          num=min(batch_size, part.stop - first), first_index=first,
-                          batch_size=batch_size, seed=seed, clip=generator.clip, device=device,
-                          attack=attack, progress=lambda done, _, b=before: report(b + done),
-                          **settings)
+            count = min(batch_size, part.stop - first)
+            with enough_memory(count):
+                made = sample(network, generator.schedule, generator.shape, num=count,
+                              first_index=first, batch_size=count, seed=seed, clip=generator.clip,
+                              device=device, attack=attack,
+                              progress=lambda done, _, b=before: report(b + done), **settings)
             if not bool(torch.isfinite(made).all()):
                 raise RunError(f"samples of {generator.name} are not finite numbers: the run has "
                                "diverged, use an earlier --checkpoint")

@@ -49,8 +49,9 @@ class MemoriseConfig:
     """Decay rate of the averaged weights to use."""
     checkpoint: int | None = None
     """Step of the checkpoint to use."""
-    batch_size: int = 64
-    """Samples made at once."""
+    batch_size: int | None = None
+    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
+    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
     seed: int = 0
     """Of the samples."""
     device: str = "auto"

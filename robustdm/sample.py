@@ -48,8 +48,9 @@ class SampleConfig:
     """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest sound one if not given."""
-    batch_size: int = 64
-    """Samples computed at once; changes speed and memory, not the samples."""
+    batch_size: int | None = None
+    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
+    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
     seed: int = 0
     """Sample k of a seed is the same whatever --num and --batch-size."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -103,8 +104,7 @@ def _generate(config: SampleConfig, ranks) -> Path:
 
     from robustdm.baselines import from_flags
     from robustdm.inference import fast_network
-    from robustdm.sampling import check_settings, sample, timesteps
-    from robustdm.training.loop import is_out_of_memory
+    from robustdm.sampling import check_settings, default_batch, enough_memory, sample, timesteps
     from robustdm.training.progress import sampling_progress
     from robustdm.training.run import load_run
     from robustdm.training.trainer import resolve_device
@@ -119,9 +119,10 @@ def _generate(config: SampleConfig, ranks) -> Path:
                        run.step)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image
+    batch_size = default_batch(run.shape) if config.batch_size is None else config.batch_size
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
-                    batch_size=config.batch_size)
+                    batch_size=batch_size)
     noisy = run.is_image and run.config.corrupt_fraction and run.config.corrupt_kind == "gaussian"
     known = run.config.corrupt_sigma if noisy else None
     baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape, known)
@@ -130,13 +131,13 @@ def _generate(config: SampleConfig, ranks) -> Path:
         baseline.finish(torch.zeros(1, *run.shape))  # blurs no points: say so now
     check_settings(run.schedule, **settings)
     steps = len(timesteps(run.schedule, config.steps, config.spacing, settings.get("stop", 0.0)))
-    part, batch_size = ranks.batches(config.num, config.batch_size)
+    part, batch_size = ranks.batches(config.num, batch_size)
     settings |= dict(num=len(part), first_index=part.start, batch_size=batch_size)
     network = fast_network(
         run.model, precision=config.precision, compile=config.compile, device=device
     )
     samples = None
-    try:
+    with enough_memory(min(batch_size, config.num)):
         _prepare(network, config, min(batch_size, config.num), run.shape, ranks.main)
         started = time.monotonic()
         with sampling_progress(config.num, shown=ranks.main) as progress, \
@@ -150,13 +151,6 @@ def _generate(config: SampleConfig, ranks) -> Path:
         if not ranks.main:
             return out
         samples = baseline.finish(samples) if baseline else samples
-    except RuntimeError as error:
-        if isinstance(error, RunError) or not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"out of memory at batch_size {config.batch_size}: try --batch-size "
-            f"{max(1, config.batch_size // 2)}, which gives the same samples"
-        ) from error
     seconds = time.monotonic() - started
     if not bool(torch.isfinite(samples).all()):
         raise RunError(

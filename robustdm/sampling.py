@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdm.errors import UsageError
+from robustdm.device import is_out_of_memory
+from robustdm.errors import RunError, UsageError
 from robustdm.network import predict_noise
 from robustdm.random import Stream, element_index, normal, philox
 from robustdm.schedule import NoiseSchedule
@@ -201,7 +202,7 @@ def sample(
     stop: float = 0.0,
     seed: int = 0,
     first_index: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     noise: NoiseSource | None = None,
@@ -225,7 +226,7 @@ def sample(
         stop: end the chain at this noise scale; see ``timesteps``.
         seed, first_index: the samples are numbers first_index to first_index + num - 1 of the
             seed's sequence; a number determines its noise, whatever the batch size.
-        batch_size: samples computed at once.
+        batch_size: samples computed at once; `default_batch` of their shape if None.
         device: where to compute; by default where the model's parameters are.
         dtype: of the state.
         noise: replaces ``stream_noise``.
@@ -244,6 +245,7 @@ def sample(
 
     Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
     """
+    batch_size = default_batch(shape) if batch_size is None else batch_size
     check_settings(schedule, num=num, batch_size=batch_size, first_index=first_index,
                    sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta,
                    stop=stop)
@@ -283,6 +285,24 @@ def sample(
                 trajectory(-1, numbers, x)
             samples[start:start + count] = x.cpu()
     return samples
+
+
+def default_batch(shape: tuple[int, ...]) -> int:
+    """How many samples to compute at once: 128 of 3x32x32, few of large images, and many points,
+    whose steps take the same time for one as for hundreds."""
+    return max(16, min(2048, 3 * 2**17 // math.prod(shape)))
+
+
+@contextlib.contextmanager
+def enough_memory(batch_size: int) -> Iterator[None]:
+    """Sampling in batches; raises a RunError that names the remedy where memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory at batch_size {batch_size}: try --batch-size "
+                       f"{max(1, batch_size // 2)}, which gives the same samples") from error
 
 
 def check_settings(

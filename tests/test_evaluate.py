@@ -125,6 +125,15 @@ def test_baselines_change_the_samples_of_a_run(digits_run, tmp_path):
     assert recall("--baseline", "blur", "--baseline-strength", "1")[0] < found["blur"][0]
 
 
+def test_running_out_of_memory_names_the_remedy(digits_run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, "sample", fail)
+    with pytest.raises(RunError, match="out of memory at batch_size 80: try --batch-size 40"):
+        run(evaluate, tmp_path / "out", "--run", digits_run, "--num", 80)
+
+
 def test_points_are_evaluated(plane_run, tmp_path):
     record = run(evaluate, tmp_path / "out", "--run", plane_run, "--num", 40, "--steps", 3)
     assert record["features"]["name"] == "pixels" and "distance" in record["measures"]["samples"]

@@ -82,7 +82,7 @@ LAYERS = {
     "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
                    "reference", "resident", "ops"),
     "step": ("errors", "dropout", "network", "objectives", "resident"),
-    "sampling": ("errors", "random", "schedule", "network"),
+    "sampling": ("errors", "random", "schedule", "network", "device"),
     "attacks": ("errors", "network", "random", "sampling"),
     "planner": ("errors", "perturbation", "sampling", "schedule"),
     "inference": ("errors", "native", "network", "models", "training.compilation"),

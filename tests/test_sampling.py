@@ -285,6 +285,19 @@ def test_noise_is_that_of_the_streams():
     assert torch.equal(noise(42, range(7, 8)), expected)
 
 
+def test_many_small_samples_are_computed_at_once():
+    sizes = []
+
+    def model(x, t):
+        sizes.append(len(x))
+        return x
+
+    sample(model, SCHEDULE, (3,), num=3000, steps=1)
+    sample(model, SCHEDULE, (3, 32, 32), num=129, steps=1)
+    sample(model, SCHEDULE, (3, 256, 256), num=16, steps=1)
+    assert sizes == [2048, 952, 128, 1, 16]
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(sampler="ddim", eta=0.5)])
 def test_samples_do_not_depend_on_the_batch_size(settings):
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustdm import __version__, images
 from robustdm.data import batches
-from robustdm.device import keep_freed_memory
+from robustdm.device import is_out_of_memory, keep_freed_memory
 from robustdm.distributed import Ranks, join, supervised
 from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.models import lora
@@ -111,11 +111,6 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
             f"out of memory at batch_size {config.batch_size} in {config.accumulate} pieces: "
             f"{remedy}"
         ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that an allocation failed, on the GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
