@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,14 +68,31 @@ def excess(schedule: NoiseSchedule, setting: Setting, visited: Tensor) -> Tensor
         (S,) float64.
     """
     low, high = setting.perturbation.beta_range
-    total = torch.zeros(len(visited), dtype=torch.float64)
-    for node in range(_BETAS):
-        beta = torch.full((len(visited),), low + (high - low) * (node + 0.5) / _BETAS).double()
-        weight = setting.perturbation.lambda_t(schedule, visited, beta)
+    nodes = low + (high - low) * (torch.arange(_BETAS, dtype=torch.float64) + 0.5) / _BETAS
+    t, beta = visited.repeat(_BETAS), nodes.repeat_interleave(len(visited))
+    weight = setting.perturbation.lambda_t(schedule, t, beta)
+    if setting.lambda_max is not None:
+        weight = weight.clamp(max=setting.lambda_max)
+    energy = weight * setting.perturbation.radius(schedule, t, beta) ** 2
+    return ENERGY[setting.objective] * energy.view(_BETAS, -1).mean(0)
+
+
+def _excesses(
+    schedule: NoiseSchedule, settings: Sequence[Setting], visited: Tensor
+) -> Tensor:
+    """(S, T) float64: `excess` of each. Those that differ in lam or the objective alone, as most of
+    a grid do, are multiples of each other unless lambda is clipped."""
+    units: dict[Perturbation, Tensor] = {}
+    found = []
+    for setting in settings:
         if setting.lambda_max is not None:
-            weight = weight.clamp(max=setting.lambda_max)
-        total += weight * setting.perturbation.radius(schedule, visited, beta) ** 2
-    return ENERGY[setting.objective] * total / _BETAS
+            found.append(excess(schedule, setting, visited))
+            continue
+        unit = replace(setting.perturbation, lam=1.0)
+        if unit not in units:
+            units[unit] = excess(schedule, Setting("robust_ran", unit), visited) / UNIFORM_ENERGY
+        found.append(ENERGY[setting.objective] * setting.perturbation.lam * units[unit])
+    return torch.stack(found)
 
 
 def generated_deviation(
@@ -101,7 +118,7 @@ def generated_deviation(
         (S, K) float64.
     """
     chain = Respaced(schedule, timesteps(schedule, steps))
-    c = torch.stack([excess(schedule, s, chain.timesteps) for s in settings])
+    c = _excesses(schedule, settings, chain.timesteps)
     # Invariance asks for the same output at x + delta: the noise is predicted too small.
     shrunk = torch.tensor([s.objective == "invariance" for s in settings])[:, None]
     v = variances.double()[None]

@@ -2,15 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from robustdm import NoiseSchedule, Perturbation, UsageError
+from robustdm import NoiseSchedule, Perturbation, UsageError, planner
 from robustdm.plan import PlanConfig, compare, main, plan
+from robustdm.perturbation import LAMBDA_MODES
 from robustdm.planner import (
+    ENERGY,
     OUTWARD_ENERGY,
     Setting,
     best,
@@ -79,6 +82,31 @@ def test_lambda_max_bounds_the_excess():
     visited = torch.tensor([0, 100, 999])
     free, bound = (excess(SCHEDULE, Setting(lambda_max=m), visited) for m in (None, 1.0))
     assert bound[0] < free[0] / 10 and 0 < bound[0] and bool((bound <= free).all())
+
+
+def test_the_excess_is_a_mean_over_the_random_factor():
+    visited = torch.tensor([0, 7, 999])
+    for mode in LAMBDA_MODES:
+        shape = Perturbation(lambda_mode=mode, gamma=0.05, omega=1.5, lam=0.2)
+        wanted = torch.zeros(3, dtype=torch.float64)
+        low, high = shape.beta_range
+        for node in range(64):
+            beta = torch.full((3,), low + (high - low) * (node + 0.5) / 64, dtype=torch.float64)
+            energy = shape.radius(SCHEDULE, visited, beta) ** 2 / 3  # of a uniform perturbation
+            wanted += shape.lambda_t(SCHEDULE, visited, beta) * energy / 64
+        assert torch.allclose(excess(SCHEDULE, Setting("robust_ran", shape), visited), wanted,
+                              rtol=1e-12)
+
+
+def test_settings_planned_together_are_those_planned_alone():
+    shape, visited = Perturbation(lam=0.4, gamma=0.02), torch.tensor([0, 7, 999])
+    settings = [Setting(objective, replace(shape, lam=lam, omega=omega), bound)
+                for objective in ENERGY for lam in (0.0, 0.4, 2.0) for omega in (1.0, 2.0)
+                for bound in (None, 0.5)]
+    together = planner._excesses(SCHEDULE, settings, visited)
+    for one, found in zip(settings, together, strict=True):
+        assert torch.allclose(excess(SCHEDULE, one, visited), found, rtol=1e-12)
+    assert len(torch.unique(together[:, 1])) > 12
 
 
 def test_the_best_setting_removes_most_noise_and_keeps_the_signal():
