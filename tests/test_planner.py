@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from robustdm import NoiseSchedule, Perturbation, UsageError, planner
-from robustdm.plan import PlanConfig, compare, main, plan
 from robustdm.perturbation import LAMBDA_MODES
+from robustdm.plan import PlanConfig, compare, main, plan
 from robustdm.planner import (
     ENERGY,
     OUTWARD_ENERGY,
