@@ -15,6 +15,7 @@ from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
 from robustdm.features import cache_directory
 from robustdm.images import grid, to_pil
+from robustdm.sampling import default_batch
 from robustdm.tables import text_table
 from robustdm.training.progress import sampling_progress
 from robustdm.training.rundir import provenance, write_text
@@ -95,9 +96,11 @@ class Comparison:
             self.identity = extractor.identity
             self.label = evaluation.label("frechet", extractor)
         extractor, reference = self._reference[name]
+        batch_size = default_batch(generator.shape) if config.batch_size is None else (
+            config.batch_size)
         with sampling_progress(config.num, progress_text, ranks.main) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
-                generator, config.num, batch_size=config.batch_size, seed=config.seed,
+                generator, config.num, batch_size=batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, progress=progress,
                 device=self.device, ranks=ranks, **sampling),
                 evaluation.affordable(generator.shape), ranks)
@@ -108,8 +111,8 @@ class Comparison:
         measures = generator.data.measure(samples)
         row = {evaluation.label(k, extractor): float(results[k]["value"]) for k in METRICS}
         self.rows[f"{name}, {what}"] = dict(facts) | row | measures
-        self.entries.append({"run": name, "what": what, **facts, "results": results,
-                             "measures": measures})
+        self.entries.append({"run": name, "what": what, **facts, "batch_size": batch_size,
+                             "results": results, "measures": measures})
         self.pictures[f"{name}, {what}"] = samples[:SHOWN]
         print(f"{progress_text}: {self.label} {row[self.label]:.4g}", flush=True)
 

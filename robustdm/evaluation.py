@@ -39,6 +39,7 @@ METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "
 SPLITS = 5
 # Metrics that hold a matrix over pairs are measured on this many features at most.
 _MAX_REFERENCE = 50_000
+_EXTRACTED = 256  # samples that an extractor takes at once
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,10 @@ def extract(
             count += len(batch)
             kept.append(batch if left is None else batch[:left].clone())
             left = None if left is None else left - len(kept[-1])
-            futures.append(pool.submit(extractor, batch))
-            if len(futures) > 1:
-                futures[-2].result()  # an error stops the sampling
+            # Many small samples are made at once, but a network may bring them to 299x299.
+            for future in futures[-1:]:
+                future.result()  # an error stops the sampling
+            futures += [pool.submit(extractor, part) for part in batch.split(_EXTRACTED)]
         parts = [future.result() for future in futures]
 
     def gathered(values: list[Tensor], first: int | None = None) -> Tensor | None:
@@ -309,8 +311,8 @@ def measure(
             made |= manifold(x, points, radii=radii)._asdict()
         if "sliced_wasserstein" in metrics and not known:
             made["sliced_wasserstein"] = sliced_wasserstein(x, points)
-        if "deviation" in metrics:
-            ratios = deviation_ratios(x, statistics)
+        ratios = deviation_ratios(x, statistics) if "deviation" in metrics else ()
+        if len(ratios):  # a reference may not vary at all
             made["deviation"] = ratios[: max(1, len(ratios) // 4)].mean().item()
         return made
 

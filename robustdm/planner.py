@@ -88,10 +88,11 @@ def _excesses(
         if setting.lambda_max is not None:
             found.append(excess(schedule, setting, visited))
             continue
-        unit = replace(setting.perturbation, lam=1.0)
+        shape = setting.perturbation
+        unit = replace(shape, lam=1.0, beta_range=tuple(shape.beta_range))
         if unit not in units:
             units[unit] = excess(schedule, Setting("robust_ran", unit), visited) / UNIFORM_ENERGY
-        found.append(ENERGY[setting.objective] * setting.perturbation.lam * units[unit])
+        found.append(ENERGY[setting.objective] * shape.lam * units[unit])
     return torch.stack(found)
 
 

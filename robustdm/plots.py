@@ -196,6 +196,7 @@ def point_view(axes_from: np.ndarray, *also_show: np.ndarray) -> PointView:
     points = _finite(axes_from)
     centre = points.mean(0)
     some = (points[:20_000] - centre).astype(np.float64)
+    some /= np.abs(some).max() or 1.0  # a sampler that diverged: squares must not overflow
     rows = np.linalg.eigh(some.T @ some)[1].T[::-1]  # most variance first
     # A sign convention, so that the same data are always drawn the same way round.
     rows = rows * np.where(rows[np.arange(len(rows)), np.abs(rows).argmax(1)] < 0, -1, 1)[:, None]

@@ -301,8 +301,9 @@ def enough_memory(batch_size: int) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
-        raise RunError(f"out of memory at batch_size {batch_size}: try --batch-size "
-                       f"{max(1, batch_size // 2)}, which gives the same samples") from error
+        remedy = "use a larger machine" if batch_size == 1 else (
+            f"try --batch-size {batch_size // 2}, which gives the same samples")
+        raise RunError(f"out of memory at batch_size {batch_size}: {remedy}") from error
 
 
 def check_settings(

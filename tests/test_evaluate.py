@@ -137,6 +137,7 @@ def test_running_out_of_memory_names_the_remedy(digits_run, tmp_path, monkeypatc
 def test_points_are_evaluated(plane_run, tmp_path):
     record = run(evaluate, tmp_path / "out", "--run", plane_run, "--num", 40, "--steps", 3)
     assert record["features"]["name"] == "pixels" and "distance" in record["measures"]["samples"]
+    assert record["config"]["batch_size"] == 2048, "what was used, where nothing was said"
 
 
 def test_a_pipeline_is_evaluated(digits_run, digits_npz, tmp_path):

@@ -103,6 +103,7 @@ def test_settings_planned_together_are_those_planned_alone():
     settings = [Setting(objective, replace(shape, lam=lam, omega=omega), bound)
                 for objective in ENERGY for lam in (0.0, 0.4, 2.0) for omega in (1.0, 2.0)
                 for bound in (None, 0.5)]
+    settings.append(Setting(perturbation=Perturbation(beta_range=[0.5, 2.0])))
     together = planner._excesses(SCHEDULE, settings, visited)
     for one, found in zip(settings, together, strict=True):
         assert torch.allclose(excess(SCHEDULE, one, visited), found, rtol=1e-12)

@@ -134,8 +134,9 @@ def _neighbour_distances(x: Tensor, count: int, block: int) -> Tensor:
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
-    distance = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
-    return distance.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
+    # The norms first: so the distance of two points is the same number both ways, ties included.
+    norms = a.square().sum(1, keepdim=True) + b.square().sum(1)
+    return norms.addmm_(a, b.T, alpha=-2).clamp_(min=0)
 
 
 def nearness(similarity: Tensor) -> dict[str, float]:

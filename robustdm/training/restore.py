@@ -151,11 +151,12 @@ def is_amount(value) -> bool:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict
 ) -> None:
-    """Restore what :func:`optimizer_tensors` gave, hyper-parameters (with the lr) included.
+    """Restore what :func:`optimizer_tensors` gave of AdamW (without amsgrad), hyper-parameters
+    (with the lr) included.
 
     Raises:
         UsageError: the state is that of another architecture.
-        ValueError: a hyper-parameter is nothing that this optimizer has.
+        ValueError: a hyper-parameter or a moment is nothing that this optimizer has, or is missing.
     """
     current = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -191,11 +192,9 @@ def load_optimizer(
         )
         state.setdefault(int(number), {})[key] = value
     _refuse(problems)
-    for number, name in enumerate(names):
-        moments = state.get(number, {}).keys()
-        # Those that are frozen have none, nor has any before the first step.
-        if moments != _MOMENTS and (moments or state and parameters[number].requires_grad):
-            raise ValueError(f"{', '.join(sorted(_MOMENTS - moments))} of parameter {name} missing")
+    for number, moments in state.items():  # a parameter that never had a gradient has none
+        if missing := _MOMENTS - moments.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} of parameter {names[number]} missing")
     groups = []
     for saved, own, live in zip(
         saved_groups, current["param_groups"], optimizer.param_groups, strict=True
