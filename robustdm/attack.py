@@ -174,7 +174,7 @@ def _raised(generator, baseline, config: AttackConfig, device) -> dict[str, dict
 
     from robustdm.attacks import TrajectoryAttack
     from robustdm.network import predict_noise
-    from robustdm.sampling import Respaced, default_batch, stream_noise, timesteps
+    from robustdm.sampling import Respaced, batch_or_default, stream_noise, timesteps
 
     methods = [m for m in dict.fromkeys(config.methods) if m != "random"]
     model = generator.model
@@ -183,8 +183,7 @@ def _raised(generator, baseline, config: AttackConfig, device) -> dict[str, dict
     chain = Respaced(generator.schedule, timesteps(generator.schedule, config.steps,
                                                    config.spacing))
     noise = stream_noise(config.seed, generator.shape, device)
-    batch_size = default_batch(generator.shape) if config.batch_size is None else config.batch_size
-    numbers = range(min(64, config.num, batch_size))
+    numbers = range(min(64, config.num, batch_or_default(config.batch_size, generator.shape)))
     stride = max(1, (len(chain) - 1) // _CHECKED_STEPS)
     counts = {m: {"raised": 0, "checked": 0} for m in methods}
     x = noise(None, numbers)

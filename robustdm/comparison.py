@@ -15,7 +15,7 @@ from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
 from robustdm.features import cache_directory
 from robustdm.images import grid, to_pil
-from robustdm.sampling import default_batch
+from robustdm.sampling import batch_or_default
 from robustdm.tables import text_table
 from robustdm.training.progress import sampling_progress
 from robustdm.training.rundir import provenance, write_text
@@ -96,8 +96,7 @@ class Comparison:
             self.identity = extractor.identity
             self.label = evaluation.label("frechet", extractor)
         extractor, reference = self._reference[name]
-        batch_size = default_batch(generator.shape) if config.batch_size is None else (
-            config.batch_size)
+        batch_size = batch_or_default(config.batch_size, generator.shape)
         with sampling_progress(config.num, progress_text, ranks.main) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=batch_size, seed=config.seed,

@@ -124,7 +124,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     from robustdm.baselines import from_flags
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory
-    from robustdm.sampling import default_batch
+    from robustdm.sampling import batch_or_default
     from robustdm.training.progress import sampling_progress
     from robustdm.training.rundir import provenance
     from robustdm.training.trainer import resolve_device
@@ -163,8 +163,8 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         ranks.same_weights("the bits of the weights", generator.model.parameters())
         shape = generator.shape
     shape = ranks.exchange(shape)[0]
-    if generator is not None and config.batch_size is None:
-        config = replace(config, batch_size=default_batch(shape))
+    if generator is not None:
+        config = replace(config, batch_size=batch_or_default(config.batch_size, shape))
 
     # The reference first: it is quick to find wrong.
     clean = reference = None

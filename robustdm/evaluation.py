@@ -32,7 +32,7 @@ from robustdm.metrics import (
     neighbour_radii,
     sliced_wasserstein,
 )
-from robustdm.sampling import check_settings, default_batch, enough_memory, sample, timesteps
+from robustdm.sampling import batch_or_default, check_settings, enough_memory, sample, timesteps
 from robustdm.schedule import NoiseSchedule
 
 METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "inception_score")
@@ -113,7 +113,7 @@ def generate(
     """Batches of samples (B, *shape), on the CPU, as they are made.
 
     Args:
-        batch_size: `default_batch` of the samples' shape if None.
+        batch_size: see `batch_or_default`.
         attack: an attack on the trajectory; the network is then differentiable.
         baseline: what is done to a plain DDPM against noise.
         progress: called as progress(done, total), in sample-steps of all ranks.
@@ -131,7 +131,7 @@ def generate(
     if baseline is not None:
         settings["stop"] = baseline.stop
         baseline.finish(torch.zeros(1, *generator.shape))
-    batch_size = default_batch(generator.shape) if batch_size is None else batch_size
+    batch_size = batch_or_default(batch_size, generator.shape)
     check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)
     network = fast_network(generator.model, precision=precision, compile=compile, device=device,
                            differentiable=attack is not None)
@@ -209,8 +209,8 @@ def extract(
             kept.append(batch if left is None else batch[:left].clone())
             left = None if left is None else left - len(kept[-1])
             # Many small samples are made at once, but a network may bring them to 299x299.
-            for future in futures[-1:]:
-                future.result()  # an error stops the sampling
+            if futures:
+                futures[-1].result()  # an error stops the sampling
             futures += [pool.submit(extractor, part) for part in batch.split(_EXTRACTED)]
         parts = [future.result() for future in futures]
 

@@ -92,7 +92,7 @@ def memorise(config: MemoriseConfig) -> dict:
     from robustdm.data.read import read_images
     from robustdm.features import cache_directory, load_extractor
     from robustdm.metrics import nearest, nearness
-    from robustdm.sampling import default_batch
+    from robustdm.sampling import batch_or_default
     from robustdm.tables import text_table
     from robustdm.training.progress import sampling_progress
     from robustdm.training.rundir import provenance
@@ -133,8 +133,7 @@ def memorise(config: MemoriseConfig) -> dict:
     cache = cache_directory()
     reference = evaluation.features_of(extractor, train, cache).features
     if generator is not None:
-        if config.batch_size is None:
-            config = replace(config, batch_size=default_batch(shape))
+        config = replace(config, batch_size=batch_or_default(config.batch_size, shape))
         with sampling_progress(config.num) as progress:
             features, samples = evaluation.extract(extractor, evaluation.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,

@@ -104,7 +104,7 @@ def _generate(config: SampleConfig, ranks) -> Path:
 
     from robustdm.baselines import from_flags
     from robustdm.inference import fast_network
-    from robustdm.sampling import check_settings, default_batch, enough_memory, sample, timesteps
+    from robustdm.sampling import batch_or_default, check_settings, enough_memory, sample, timesteps
     from robustdm.training.progress import sampling_progress
     from robustdm.training.run import load_run
     from robustdm.training.trainer import resolve_device
@@ -119,7 +119,7 @@ def _generate(config: SampleConfig, ranks) -> Path:
                        run.step)
     # Clipping hides noise at the edge of the range, so only runs that ask for it get it.
     clip = run.config.clip_samples and run.is_image
-    batch_size = default_batch(run.shape) if config.batch_size is None else config.batch_size
+    batch_size = batch_or_default(config.batch_size, run.shape)
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
                     batch_size=batch_size)

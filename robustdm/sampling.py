@@ -226,7 +226,7 @@ def sample(
         stop: end the chain at this noise scale; see ``timesteps``.
         seed, first_index: the samples are numbers first_index to first_index + num - 1 of the
             seed's sequence; a number determines its noise, whatever the batch size.
-        batch_size: samples computed at once; `default_batch` of their shape if None.
+        batch_size: samples computed at once; see `batch_or_default`.
         device: where to compute; by default where the model's parameters are.
         dtype: of the state.
         noise: replaces ``stream_noise``.
@@ -245,7 +245,7 @@ def sample(
 
     Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
     """
-    batch_size = default_batch(shape) if batch_size is None else batch_size
+    batch_size = batch_or_default(batch_size, shape)
     check_settings(schedule, num=num, batch_size=batch_size, first_index=first_index,
                    sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta,
                    stop=stop)
@@ -287,10 +287,12 @@ def sample(
     return samples
 
 
-def default_batch(shape: tuple[int, ...]) -> int:
-    """How many samples to compute at once: 128 of 3x32x32, few of large images, and many points,
-    whose steps take the same time for one as for hundreds."""
-    return max(16, min(2048, 3 * 2**17 // math.prod(shape)))
+def batch_or_default(batch_size: int | None, shape: tuple[int, ...]) -> int:
+    """How many samples to compute at once if nobody says: 128 of 3x32x32, few of large images, and
+    many points, whose steps take the same time for one as for hundreds."""
+    if batch_size is None:
+        return max(16, min(2048, 3 * 2**17 // math.prod(shape)))
+    return batch_size
 
 
 @contextlib.contextmanager
