@@ -31,8 +31,8 @@ from torch._dynamo.utils import counters
 
 from robustdm.data import batches
 from robustdm.data.images import ImageTensor
-from robustdm.device import keep_freed_memory
 from robustdm.errors import RunError, UsageError
+from robustdm.host import keep_freed_memory
 from robustdm.models import build_model
 from robustdm.models.fuse import unfuse
 from robustdm.objectives import Objective
@@ -215,7 +215,7 @@ class Bench:
     """Runs in a process of its own: builds rows, checks and times them.
 
     Args:
-        keep: keep freed memory, see `robustdm.device.keep_freed_memory`.
+        keep: keep freed memory, see `robustdm.host.keep_freed_memory`.
     """
 
     def __init__(self, task: Task, keep: bool, threads: int):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robustdm.errors import PeerError, RobustDMError, UsageError
+from robustdm.host import keep_freed_memory
 from robustdm.training.config import TrainConfig, load_yaml, preset_values
 
 
@@ -18,7 +19,11 @@ def on_main_rank() -> bool:
 
 
 def guard(main: Callable[[], int | None]) -> None:
-    """Run an entry point; an error of ours becomes one line on stderr and its exit code."""
+    """Run an entry point; an error of ours becomes one line on stderr and its exit code.
+
+    The process keeps the memory that it frees, see `keep_freed_memory`.
+    """
+    keep_freed_memory()
     try:
         code = main()
     except RobustDMError as error:

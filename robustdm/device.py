@@ -1,8 +1,5 @@
-"""What training asks of the device that computes: copies without waiting, memory without faults."""
+"""Copies between host and device that do not wait, and the device's errors."""
 
-import contextlib
-import ctypes
-import sys
 from collections.abc import Callable
 
 import torch
@@ -47,19 +44,3 @@ def normalisable(x: Tensor, weight: Tensor | None) -> Tensor:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that an allocation failed, on the GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the host memory it frees, for the next tensor of that size.
-
-    The C library gives large blocks back to the system at once and asks for them anew, page by
-    page: measured, between nothing and a tenth of a training step on a CPU. Does nothing where that
-    library is not glibc.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)

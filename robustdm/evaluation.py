@@ -20,6 +20,7 @@ from robustdm.data.base import Data, sha256_of
 from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import RunError, UsageError
 from robustdm.features import Extractor, Features, load_extractor
+from robustdm.host import threads_restored
 from robustdm.inference import fast_network
 from robustdm.metrics import (
     FeatureStatistics,
@@ -133,14 +134,16 @@ def generate(
         baseline.finish(torch.zeros(1, *generator.shape))
     batch_size = batch_or_default(batch_size, generator.shape)
     check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)
-    network = fast_network(generator.model, precision=precision, compile=compile, device=device,
-                           differentiable=attack is not None)
+    network = fast = fast_network(generator.model, precision=precision, compile=compile,
+                                  device=device, differentiable=attack is not None)
     if baseline is not None:
-        network = baseline.network(network, generator.schedule).to(device)
+        network = baseline.network(fast, generator.schedule).to(device)
     steps = len(timesteps(generator.schedule, settings["steps"], settings["spacing"],
                           settings.get("stop", 0.0)))
     part, batch_size = ranks.batches(num, batch_size)
-    with ranks.apart(num * steps, progress) as report:
+    with threads_restored(), ranks.apart(num * steps, progress) as report:
+        if part:
+            fast.choose_threads(batch_size, generator.shape, steps * -(-len(part) // batch_size))
         for first in range(part.start, part.stop, batch_size):
             before = (first - part.start) * steps
             count = min(batch_size, part.stop - first)

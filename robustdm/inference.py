@@ -16,6 +16,7 @@ from torch._dynamo import config as dynamo
 
 from robustdm import native
 from robustdm.errors import UsageError
+from robustdm.host import fastest_threads, threads_are_given
 from robustdm.network import predict_noise
 from robustdm.training.compilation import compile_network
 
@@ -132,6 +133,24 @@ class FastNetwork(nn.Module):
             if shape not in self._calls or len(x) > len(self._calls[shape].x):
                 self.prepare(len(x), shape)
             return self._calls[shape](x, t)
+
+    @torch.no_grad()
+    def choose_threads(self, batch_size: int, shape: tuple[int, ...], calls: int) -> None:
+        """On a CPU, set the number of threads of this process to the fastest; see
+        `robustdm.host.fastest_threads`. Predictions keep their bits.
+
+        Does nothing where OMP_NUM_THREADS or a launcher of several processes decides.
+
+        Args:
+            batch_size: samples in a batch.
+            shape: shape of one sample.
+            calls: calls of the network to come.
+        """
+        limit = torch.get_num_threads()
+        if self.device.type != "cpu" or limit == 1 or threads_are_given():
+            return
+        x, t = torch.zeros(batch_size, *shape), torch.zeros(batch_size, dtype=torch.int64)
+        fastest_threads(lambda: self._predict(x, t), limit, calls)
 
     @torch.no_grad()
     def prepare(self, batch_size: int, shape: tuple[int, ...]) -> None:

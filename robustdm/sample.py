@@ -94,8 +94,9 @@ def generate(config: SampleConfig) -> Path:
         RunError: if sampling or writing fails.
     """
     from robustdm.distributed import join
+    from robustdm.host import threads_restored
 
-    with join(config.device) as ranks:
+    with threads_restored(), join(config.device) as ranks:
         return _generate(config, ranks)
 
 
@@ -138,6 +139,8 @@ def _generate(config: SampleConfig, ranks) -> Path:
     )
     samples = None
     with enough_memory(min(batch_size, config.num)):
+        if part:
+            network.choose_threads(batch_size, run.shape, steps * -(-len(part) // batch_size))
         _prepare(network, config, min(batch_size, config.num), run.shape, ranks.main)
         started = time.monotonic()
         with sampling_progress(config.num, shown=ranks.main) as progress, \

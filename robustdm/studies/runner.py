@@ -24,6 +24,7 @@ from robustdm.data import Data, batches, load_data
 from robustdm.errors import RunError, UsageError
 from robustdm.evaluation import Generator, features_of, generate, measure
 from robustdm.features import cache_directory, load_extractor
+from robustdm.host import keep_freed_memory
 from robustdm.models import build_model
 from robustdm.pretrained import ORIGIN_FIELDS
 from robustdm.studies.claims import Claim, Spread, spread
@@ -303,6 +304,7 @@ def revisions(record: dict) -> set[str]:
 def _begin_worker(parent: int, threads: int) -> None:
     """Take a share of the cores, and end when the parent is gone: killed, it cannot tell."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
 
     def watch() -> None:
         while os.getppid() == parent:

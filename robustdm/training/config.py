@@ -28,7 +28,7 @@ _YAML_LIMIT = 1 << 18  # bytes; a configuration with a table of 4000 betas has 2
 _MAY_BE_INFINITE = ("resident_gib", "checkpoint_minutes", "max_time", "lambda_max", "clip_norm",
                     "rank_timeout")
 # Far above all that trains; more would only use up memory and time before anything is compared.
-LARGEST = dict(timesteps=1 << 20, layers_per_block=64, mlp_depth=1024)
+LARGEST = dict(timesteps=1 << 20, layers_per_block=64, mlp_depth=1024, threads=1024)
 _MOST_LEVELS = 16
 
 
@@ -209,6 +209,9 @@ class TrainConfig:
     """Decides weights, data order, noise and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: int = 0
+    """cpu: threads that compute; 0 takes what OMP_NUM_THREADS says, else the number that a few
+    steps find fastest. A resumed run uses its own number again, to train to the same bits."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: what each rank holds, the whole network (ddp), or a part of its weights,
     gradients, moments and averages (fsdp)."""
@@ -279,7 +282,7 @@ class TrainConfig:
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "keep_every", "workers",
                      "weight_decay", "clip_norm", "lam", "corrupt_sigma", "resident_gib",
                      "point_noise_level", "subspace_noise_dims", "seed", "checkpoint_minutes",
-                     "crop", "lora"):
+                     "crop", "lora", "threads"):
             need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("corrupt_fraction", "corrupt_pixels", "max_bad"):
             need(0 <= getattr(self, name) <= 1, name, "it is a share, from 0 to 1")

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from robustdm import __version__, images
 from robustdm.data import batches
-from robustdm.device import is_out_of_memory, keep_freed_memory
+from robustdm.device import is_out_of_memory
 from robustdm.distributed import Ranks, join, supervised
 from robustdm.errors import RobustDMError, RunError, UsageError
+from robustdm.host import Slowdown, keep_freed_memory, threads_restored
 from robustdm.models import lora
 from robustdm.pipeline import replacing, save_pipeline
 from robustdm.pretrained import settle
@@ -91,8 +92,9 @@ def train(config: TrainConfig, progress_mode: str = "auto") -> Result:
     Source: Briglia et al. 2026, Algorithm 1.
     """
     try:
-        with join(config.device, config.rank_timeout,
-                  "checkpoints are as they were, go on with --resume") as ranks:
+        with threads_restored(), join(
+                config.device, config.rank_timeout,
+                "checkpoints are as they were, go on with --resume") as ranks:
             return _train(config, progress_mode if ranks.main else "off", ranks)
     except RuntimeError as error:
         if isinstance(error, RunError):
@@ -130,8 +132,9 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
         if trainer.device.type == "cpu":
             keep_freed_memory()
         estimate = estimate_bytes(config, trainer.data.shape, ranks.size)
-        plan = describe(trainer, estimate)
         tight = check_fits(config, estimate, available_bytes(trainer.device), ranks.size)
+        config = replace(config, threads=trainer.choose_threads())
+        plan = describe(trainer, estimate)
         if tight:
             plan += f"\nwarning: {tight}"
     ranks.same("the training data", trainer.data.identity())
@@ -250,6 +253,7 @@ class _Session:
         self.logged = self.started
         # On a GPU the numbers of a step are looked at when it has got the next one to do.
         self.at_once = trainer.device.type == "cpu"
+        self.slowdown = Slowdown() if self.at_once else None
         self.done: tuple[int, Callable[[], int], Callable[[], list[str]]] | None = None
         self.line: Callable[[], dict] | None = None
         self.wished: Callable[[], set] | None = None
@@ -260,6 +264,17 @@ class _Session:
             self.warnings.append(text)
             where = "" if self.ranks.main else f"rank {self.ranks.rank}: "
             self.progress.message(f"{where}warning: {text}")
+
+    def _warn_of_slowdown(self, found: tuple[float, float] | None) -> None:
+        if found is None:
+            return
+        now, best = found
+        # Fewer threads from here on would round otherwise: no resumed run had the same bits.
+        remedy = "end them"
+        if self.ranks.size == 1 and torch.get_num_threads() > 1:
+            remedy += ", or stop this run and continue it with --resume --threads 1"
+        self.warn(f"a step takes {now:.2g} s, {now / best:.1f} times as long as before "
+                  f"({best:.2g} s): other processes use the cores; {remedy}")
 
     def close(self) -> None:
         if self.run_dir is not None:
@@ -296,7 +311,10 @@ class _Session:
             begin = time.monotonic()
             x0, indices = next(stream)
             self.waited += time.monotonic() - begin
+            begin, kind = time.monotonic(), trainer.objective.regularises(trainer.step)
             trainer.train_step(x0, self._wishes() if self.ranks.size > 1 else ())
+            if self.slowdown is not None:
+                self._warn_of_slowdown(self.slowdown.add(kind, time.monotonic() - begin))
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
             # On a GPU, waiting for a step's numbers would leave it idle: they are read when it has

@@ -48,7 +48,7 @@ CHANGEABLE = {
     **dict.fromkeys(("num_samples", "preview_steps", "clip_samples", "final_sampler",
                      "final_steps"), "the samples shown, not the training"),
     **dict.fromkeys(("device", "backend", "compile", "cuda_graph", "attention", "accumulate",
-                     "workers", "resident_gib", "parallel", "rank_timeout"),
+                     "workers", "resident_gib", "parallel", "rank_timeout", "threads"),
                     "where and how the same step is computed: machines differ"),
     **dict.fromkeys(("data_dir", "corrupt_with", "max_bad"),
                     "the content of the data is compared by its sha256"),

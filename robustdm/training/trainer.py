@@ -15,6 +15,7 @@ from robustdm.device import to_device, to_host
 from robustdm.distributed import ALONE, Ranks, bits, whole
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import RunError, UsageError
+from robustdm.host import fastest_threads, threads_are_given
 from robustdm.inference import fast_network
 from robustdm.models import build_model, lora
 from robustdm.models.build import set_attention
@@ -226,6 +227,25 @@ class Trainer:
             # The scale is a constant of what is compiled: that of training.
             scale = len(piece) / (len(x0) * self.ranks.size)
             self._piece(piece, self._key(PROBE_STEP), 0, regularised, scale)
+
+    def choose_threads(self) -> int:
+        """Set the number of threads that this process computes with; changes no weights.
+
+        Returns:
+            What the configuration of the run should record: the number if it was given or found by
+            timing steps, 0 if there was nothing to choose.
+        """
+        config, limit = self.config, torch.get_num_threads()
+        if self.device.type != "cpu" or config.dry_run:
+            return config.threads
+        if config.threads and not (config.resume and config.threads > limit):
+            torch.set_num_threads(config.threads)
+            return config.threads
+        if limit == 1 or self.ranks.size > 1 or threads_are_given():
+            return 0
+        x0 = torch.zeros(config.batch_size, *self.data.shape)
+        kinds = [self.objective.regularises(config.steps - 1)]
+        return fastest_threads(lambda: self.probe(x0, kinds), limit, config.steps)
 
     def use_cuda_graph(self, warn: Callable[[str], None]) -> None:
         """Replay steps as CUDA graphs from now on; ``warn`` is told why, where that cannot be."""
