@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -34,12 +35,15 @@ def names(config, device: torch.device) -> list[str]:
     return ["features", "overlap", "memory"]
 
 
-def run(config, device: torch.device, head: dict) -> dict:
+def run(
+    config, device: torch.device, head: dict, save: Callable[[dict], None] = lambda record: None
+) -> dict:
     """Measure; see the module.
 
     Args:
         config: a ``BenchmarkConfig``.
         head: what the record begins with.
+        save: called with the record after every stage.
 
     Returns:
         The record, JSON-able.
@@ -51,7 +55,9 @@ def run(config, device: torch.device, head: dict) -> dict:
                           resolution=32, device=device)
     record = {"schema": SCHEMA, **head, "tiny": few, "weights": "random"}
     record["features"] = _features(extractor, 500 if few else 10_000, device)
+    save(record)
     record["overlap"] = _overlap(extractor, device, few, config.repeats)
+    save(record)
     record["memory"] = [_memory(n) for n in ((2000, 6000) if few else (10_000, 100_000))]
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin

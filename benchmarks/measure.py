@@ -85,13 +85,21 @@ def measure(
     """
     torch._dynamo.reset()  # its limit of recompilations is for one case, not for all
     begin, before = time.perf_counter(), sensors.read()
-    setup = case.build(device)
-    rows = [{"provider": name, "status": "off", "reason": why} for name, why in setup.off.items()]
+    try:
+        setup = case.build(device)
+    except Exception as error:  # out of memory, say: the other cases can still be measured
+        setup = Setup((), [], {})
+        broken = [{"provider": "inputs", **_broken(None, error)}]
+    else:
+        broken = []
+    rows = broken + [{"provider": name, "status": "off", "reason": why}
+                     for name, why in setup.off.items()]
     sets = [setup.inputs]
     if device.type == "cuda":
         sets += [tuple(map(duplicate, setup.inputs))
                  for _ in range(copies_needed(case.nbytes, device) - 1) if setup.inputs]
     timers: list[tuple[dict, str, Timer]] = []
+    providers = {provider.name: provider for provider in setup.providers}
     for provider in setup.providers:
         wanted = case.priority == 0 and provider.name == "compile"
         row = _checked(provider, setup, not provider.compiles or may_compile(wanted))
@@ -102,6 +110,12 @@ def measure(
             except Exception as error:  # out of memory, say
                 row.update(_broken(provider, error))
     for row, key, samples in _interleaved(timers, repeats, SECONDS[device.type]):
+        if isinstance(samples, Exception):
+            row.update(_broken(providers[row["provider"]], samples))
+        if row["status"] != "ok":
+            for timed in ("ms", "p20", "p80", "samples", "gb_s", "warm_ms"):
+                row.pop(timed, None)
+            continue
         measured = spread(samples)
         if key == "warm":
             row["warm_ms"] = measured["ms"]
@@ -136,10 +150,11 @@ def _checked(provider: Provider, setup: Setup, in_time: bool) -> dict:
     }
 
 
-def _broken(provider: Provider, error: Exception) -> dict:
+def _broken(provider: Provider | None, error: Exception) -> dict:
     text = str(error).strip().splitlines() or [""]
     reason = f"{type(error).__name__}: {text[0][:200]}"
-    return {"status": "FAILED" if provider.ours else "off", "reason": reason}
+    ours = provider is None or provider.ours
+    return {"status": "FAILED" if ours else "off", "reason": reason}
 
 
 def _timers(
@@ -160,18 +175,28 @@ def _interleaved(timers: list, repeats: int, seconds: float):
     """Sample all timers in rounds, in random order, so that a disturbance hits all alike.
 
     Yields:
-        (row, key, samples in ms) of each timer.
+        (row, key, samples in ms, or the error that ended them) of each timer.
     """
     share = seconds / max(1, len(timers))
     plan, samples = [], [[] for _ in timers]
+    broken: dict[int, Exception] = {}
     for i, (_, _, timer) in enumerate(timers):
         begin = time.perf_counter()
-        timer.sample()  # the warm-up
+        try:
+            timer.sample()  # the warm-up
+        except Exception as error:
+            broken[i] = error
+            continue
         taken = time.perf_counter() - begin
         count = min(repeats, max(FEWEST if taken < SLOW else 1, int(share / taken)))
         # Spread over the whole time, however few.
         plan += [((k + random.random()) / count, i) for k in range(count)]
     for _, i in sorted(plan):
-        samples[i].append(timers[i][2].sample())
-    for (row, key, _), found in zip(timers, samples, strict=True):
-        yield row, key, found
+        if i in broken:
+            continue
+        try:
+            samples[i].append(timers[i][2].sample())
+        except Exception as error:
+            broken[i] = error
+    for i, (row, key, _) in enumerate(timers):
+        yield row, key, broken.get(i, samples[i])

@@ -60,6 +60,12 @@ def measured(case: dict) -> dict[str, float]:
 
 def failures(record: dict) -> list[str]:
     """Rows whose numbers were wrong, or that raised although they are ours."""
+    if not any("ms" in row for case in record["cases"] for row in case["rows"]):
+        return ["nothing was measured", *_failed(record)]
+    return _failed(record)
+
+
+def _failed(record: dict) -> list[str]:
     return [
         f"{case['name']}, {row['provider']}: {row['status']} "
         + (row.get("reason") or f"error {row['error']:.3g} > {row['limit']:.3g} ({row['how']})")

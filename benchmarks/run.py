@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -45,8 +46,9 @@ MINUTES = {"cuda": 4.0, "cpu": 3.0}
 SLACK = 12.0  # seconds for the imports, and for what comes after the last case
 COPY_SIZES = {"cuda": [2**k for k in range(20, 32)], "cpu": [2**k for k in range(20, 29)]}
 TINY_COPY = [2**20]
-# Suites that time whole programs: modules with names(config, device), run(config, device, head),
-# which returns the record, print_record(record) and failures(record).
+# Suites that time whole programs: modules with names(config, device), run(config, device, head,
+# save), which saves the record as it grows and returns it, print_record(record) and
+# failures(record).
 PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation, "scaling": scaling}
 OF_A_NETWORK = ("sampling", "step")
 
@@ -111,8 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("torch sees no GPU: the CPU's backends are timed instead")
     record = run(cases, device, config, command(argv))
     report.print_record(record)
-    if config.out is not None:
-        write_json(config.out, record)
     if config.plot is not None:
         report.plot(record, config.plot)
     return 1 if report.failures(record) else 0
@@ -129,10 +129,11 @@ def run_program(
         raise UsageError(f"plot is {config.plot}: the suite {config.suite} has no picture; leave "
                          "it out")
     check_outputs(config)
-    record = program.run(config, device, head(device, Sensors(device), command(argv)))
+    # Written as it grows: what fails later, or is killed, costs no row that was measured.
+    save = (lambda record: None) if config.out is None else partial(write_json, config.out)
+    record = program.run(config, device, head(device, Sensors(device), command(argv)), save)
+    save(record)
     program.print_record(record)
-    if config.out is not None:
-        write_json(config.out, record)
     if config.plot is not None:
         program.plot(record, config.plot)
     return 1 if program.failures(record) else 0
@@ -184,8 +185,18 @@ def run(cases: list[Case], device: torch.device, config: BenchmarkConfig, comman
         compiling = [row["compile_s"] for row in done["rows"] if "compile_s" in row]
         budget.case_done(done["seconds"], compiling)
         record["cases"].append(done)
+        if config.out is not None:  # one that is killed costs no case before it
+            write_json(config.out, finished(record, begin))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # graphs of their own pools
+    finished(record, begin)
+    if config.out is not None:
+        write_json(config.out, record)
+    return record
+
+
+def finished(record: dict, begin: float) -> dict:
+    """The record with what follows from its cases so far."""
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin
     report.derive(record)

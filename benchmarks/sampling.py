@@ -260,12 +260,15 @@ def make_task(config, device: torch.device) -> Task:
     return task
 
 
-def run(config, device: torch.device, head: dict) -> dict:
+def run(
+    config, device: torch.device, head: dict, save: Callable[[dict], None] = lambda record: None
+) -> dict:
     """Check every provider, then time those that are right, in turn.
 
     Args:
         config: a ``BenchmarkConfig``.
         head: what the record begins with.
+        save: called with the record after every provider, and after every round of times.
 
     Returns:
         The record, JSON-able: one row per sampler and provider, with status "ok", "WRONG", "FAILED"
@@ -300,9 +303,12 @@ def run(config, device: torch.device, head: dict) -> dict:
                 raise RunError("diffusers' eager pipeline, which all are compared with, does not "
                                f"run: {rows[0].get('reason', 'its images are not finite')}")
             record["rows"] += rows
+            save(record)
             timers += [(row, generate) for row in rows if row["status"] == "ok"]
         print(f"timing, at most {config.repeats} rounds of {len(timers)}", flush=True)
-        _time(timers, config.repeats, begin + seconds, task)
+        for _ in _time(timers, config.repeats, begin + seconds, task):
+            derive(record)
+            save(record)
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin
     derive(record)
@@ -354,26 +360,39 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _time(timers: list[tuple[dict, Generate]], rounds: int, end: float, task: Task) -> None:
+def _time(
+    timers: list[tuple[dict, Generate]], rounds: int, end: float, task: Task
+) -> Iterator[None]:
     """Time in rounds, each in another order, so that a disturbance hits all alike.
+
+    Rows get their medians after every round; one that raises is FAILED.
 
     Args:
         rounds: at most; fewer where another would not end before ``end``, but never below FEWEST.
     """
-    samples: list[list[float]] = [[] for _ in timers]
+    samples: dict[int, list[float]] = {i: [] for i in range(len(timers))}
     longest = 0.0
     for done in range(rounds):
         started = time.perf_counter()
         if done >= FEWEST and started + longest > end:
             break
-        for i in random.sample(range(len(timers)), len(timers)):
+        for i in random.sample(sorted(samples), len(samples)):
             row, generate = timers[i]
             begin = time.perf_counter()
-            generate(row["sampler"], task.steps)  # its copy to the CPU waits for the GPU
+            try:
+                generate(row["sampler"], task.steps)  # its copy to the CPU waits for the GPU
+            except Exception as error:  # no memory, say
+                text = str(error).strip().splitlines() or [""]
+                row.update(status="FAILED", reason=f"{type(error).__name__}: {text[0][:200]}")
+                for key in ("ms", "p20", "p80", "samples"):
+                    row.pop(key, None)
+                del samples[i]
+                continue
             samples[i].append((time.perf_counter() - begin) / task.steps * 1e3)
         longest = max(longest, time.perf_counter() - started)
-    for (row, _), found in zip(timers, samples, strict=True):
-        row.update(spread(found))
+        for i, found in samples.items():
+            timers[i][0].update(spread(found))
+        yield
 
 
 # What the numbers come to.
@@ -396,7 +415,8 @@ def derive(record: dict) -> None:
 
 def failures(record: dict) -> list[str]:
     """Rows whose images were wrong, or that raised although they are ours."""
-    return [
+    nothing = [] if any("ms" in row for row in record["rows"]) else ["nothing was measured"]
+    return nothing + [
         f"{row['sampler']}, {row['provider']}: {row['status']} "
         + (row.get("reason") or f"error {row['error']:.3g} > {row['limit']:.3g}")
         for row in record["rows"] if row["status"] in ("WRONG", "FAILED")

@@ -58,12 +58,15 @@ def names(config, device: torch.device) -> list[str]:
     return ["all-reduce", *TASKS]
 
 
-def run(config, device: torch.device, head: dict) -> dict:
+def run(
+    config, device: torch.device, head: dict, save: Callable[[dict], None] = lambda record: None
+) -> dict:
     """Measure; see the module.
 
     Args:
         config: a ``BenchmarkConfig``.
         head: what the record begins with.
+        save: called with the record.
 
     Returns:
         The record, JSON-able.

@@ -35,6 +35,7 @@ class StepGraph:
         self._run, self._warn = run, warn
         self._works = True
         self._kinds: dict[tuple, _Kind] = {}
+        self._side: torch.cuda.Stream | None = None  # each new one would cache memory of its own
         self._pool: tuple | None = None  # one pool for all graphs: they never run at once
 
     def __call__(self, x0: Batch, key: Tensor, regularised: bool) -> None:
@@ -60,7 +61,9 @@ class StepGraph:
         if kind.graph is not None:
             kind.graph.replay()
             return
-        side = torch.cuda.Stream()
+        if self._side is None:
+            self._side = torch.cuda.Stream()
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # the stream that a capture would use
             self._run(kind.x0, kind.key, regularised)
