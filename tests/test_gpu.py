@@ -3,12 +3,22 @@
 The smallest of these cases run on the CPU as well (interpreter, C++), so that they cannot rot.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import HAS_GPU, TOLERANCE, relative_error
 from test_ops import TABLES, draw, noisy
 
 from robustdm import ops
+from robustdm.data.images import ImageTensor
+from robustdm.training.config import TrainConfig
+from robustdm.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import graph_smoke  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -206,3 +216,38 @@ def test_the_kernels_under_test_are_compiled_ones():
         wanted = "cpp" if op == "adamw_ema" else "triton"
         assert ops.resolve(op, "auto", torch.device("cuda"), torch.float32) == wanted
     assert HAS_GPU
+
+
+ON_BOTH = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_smoke_a_replayed_training_step_trains_as_an_eager_one(device, precision):
+    """Eight adversarial steps with dropout, the fused optimizer included."""
+    found = graph_smoke.compare(device, precision, tiny=device == "cpu")
+    eager, graph = found["eager"], found["graph"]
+    assert not eager["skipped"] and not graph["skipped"] and len(set(eager["losses"])) == 8
+    # Sums over threads that come in any order are all that may differ.
+    assert found["difference"] <= (1e-4 if precision == "fp32" else 2e-2)
+    if device == "cuda":
+        assert graph["replayed"] and not graph["warned"] and not eager["replayed"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_has_the_eager_gradient(precision):
+    fields = graph_smoke.SMALL | dict(
+        data="images", layers_per_block=1, dropout=0.1, precision=precision, device="cuda",
+        objective="robust_adv", warmup_steps=0)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    config = TrainConfig.from_dict(fields)
+    trainer = Trainer(config, ImageTensor("random", images, None, 0.0, 0))
+    x0 = torch.randn(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    key = torch.zeros(3, dtype=torch.int64, device="cuda")
+    eager = [g.clone() for g in trainer.gradient_step(x0, key).weights]
+    trainer.gradient_step.compile()
+    compiled = trainer.gradient_step(x0, key).weights
+    limit = 1e-3 if precision == "fp32" else 0.1
+    squared = sum((a - b).double().square().sum() for a, b in zip(compiled, eager, strict=True))
+    assert squared.sqrt() < limit * sum(b.double().square().sum() for b in eager).sqrt()

@@ -38,6 +38,11 @@ class StepGraph:
         self._side: torch.cuda.Stream | None = None  # each new one would cache memory of its own
         self._pool: tuple | None = None  # one pool for all graphs: they never run at once
 
+    @property
+    def captured(self) -> bool:
+        """Whether a graph was captured and none failed."""
+        return self._works and any(kind.graph is not None for kind in self._kinds.values())
+
     def __call__(self, x0: Batch, key: Tensor, regularised: bool) -> None:
         """Do a step; arguments as those of ``run``."""
         if not self._works:

@@ -262,6 +262,11 @@ class Trainer:
         else:
             warn(f"no CUDA graph: {reason}")
 
+    @property
+    def replays_graph(self) -> bool:
+        """Whether steps are replayed as a CUDA graph, after the first few that warm up."""
+        return self._graph is not None and self._graph.captured
+
     def train_step(self, x0: Tensor | ResidentBatch, wishes: Iterable = ()) -> None:
         """One optimizer step; skipped, and counted, if the loss or a gradient is not finite.
 
