@@ -25,6 +25,8 @@ from robustdm.cli import guard
 if TYPE_CHECKING:
     import torch
 
+TESTED_TORCH = ((2, 11), (2, 14))
+"""Oldest and newest release of torch that the tests have passed on."""
 # name on screen -> (module, distribution, how to get it)
 OPTIONAL = {
     "xformers": ("xformers", "xformers", 'pip install -e ".[xformers]"'),
@@ -82,7 +84,7 @@ def environment() -> dict[str, str]:
     return {
         "robustdm": robustdm.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__ + (f" ({untested})" if (untested := untested_torch()) else ""),
         "GPU": _gpu(),
         "triton": _imported("triton"),
         "C++ compiler": _compiler(),
@@ -93,6 +95,17 @@ def environment() -> dict[str, str]:
         },
         **{name: _optional(*where) for name, where in OPTIONAL.items()},
     }
+
+
+def untested_torch() -> str | None:
+    """One line if the installed torch is newer than any that the tests have passed on, or older."""
+    import torch
+
+    oldest, newest = (".".join(map(str, version)) for version in TESTED_TORCH)
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if TESTED_TORCH[0] <= found <= TESTED_TORCH[1]:
+        return None
+    return f"untested: tests have passed on {oldest} to {newest}"
 
 
 def _gpu() -> str:

@@ -1,6 +1,9 @@
 """python -m robustdm.doctor: what it says, and that it notices a backend that is broken."""
 
 import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +90,24 @@ def test_the_users_random_state_is_left_alone(sound):
     before = torch.random.get_rng_state()
     doctor.self_check()
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("version, tested", [
+    ("2.10.1", False), ("2.11.0+cu130", True), ("2.14.9", True), ("2.15.0a0+git1", False),
+    ("3.0.0", False)])
+def test_a_torch_that_was_never_tested_is_named(monkeypatch, version, tested):
+    monkeypatch.setattr(torch, "__version__", version)
+    shown = doctor.environment()["torch"]
+    assert shown == version if tested else "untested: tests have passed on 2.11 to 2.14" in shown
+
+
+def test_the_installed_torch_was_tested():
+    if untested := doctor.untested_torch():
+        warnings.warn(f"torch {torch.__version__}: {untested}", stacklevel=1)
+
+
+def test_the_newest_tested_torch_is_the_newest_allowed():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    (low, high), = re.findall(r'"torch>=([0-9.]+),<([0-9.]+)"', text)
+    newest = doctor.TESTED_TORCH[1]
+    assert low == "2.11" and high == f"{newest[0]}.{newest[1] + 1}"
