@@ -6,6 +6,9 @@ The launch functions run on tensors of the "meta" device with each kernel replac
 what they would have launched is compiled as Triton's own launcher would have it: types of pointers,
 integers that are one or divisible by 16, constants, number of warps. TRITON_INTERPRET must be off.
 To add a kernel module, add a line to MODULES.
+
+"instr" is what a thread of a normalisation kernel executes, in instructions per element, counted in
+the machine code: where memory would allow more, the kernel waits for these. It takes cuobjdump.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -125,31 +130,31 @@ def equivariance_loss(module, dtype: torch.dtype) -> Iterator[Case]:
 
 def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
     for name, shape, default in (
-        ("128x32x32", (128, 128, 32, 32), True), ("384x16x16", (128, 384, 16, 16), False),
-        ("512x8x8", (128, 512, 8, 8), False), ("128x256x256", (32, 128, 256, 256), True),
+        ("128x32x32", (128, 128, 32, 32), True), ("384x32x32", (128, 384, 32, 32), False),
+        ("384x16x16", (128, 384, 16, 16), False), ("512x8x8", (128, 512, 8, 8), False),
+        ("128x256x256", (32, 128, 256, 256), True),
     ):
         batch, channels = shape[:2]
+        x = images(shape, dtype)
         w, a = vectors(channels), torch.empty(batch, channels, dtype=dtype, device="meta")
         stats = torch.empty(batch, 32, device="meta")
+        # scale, shift, add, residual; rate of dropout
+        for variant, given, rate in (
+            ("plain", (None, None, None, None), 0.0),
+            ("add-dropout", (None, None, a, None), 0.1), ("full", (a, a, a, x), 0.1),
+        ):
+            def forward(x=x, w=w, given=given, rate=rate):
+                module.group_norm_act_forward(x, 32, w, w, *given, True, rate, KEY, 0, 1e-5)
 
-        def forward(full, shape=shape, w=w, a=a):
-            x = images(shape, dtype)
-            module.group_norm_act_forward(
-                x, 32, w, w, *([a, a, a, x] if full else [None] * 4), True, 0.1 * full, KEY, 0, 1e-5
-            )
+            def backward(x=x, w=w, given=given, rate=rate, stats=stats):
+                scale, shift, add, dv = given
+                module.group_norm_act_backward(
+                    x, x, stats, stats, 32, w, w, scale, shift, add if dv is None else None, True,
+                    rate, KEY, 0, dv, True,
+                )
 
-        def backward(full, shape=shape, w=w, a=a, stats=stats):
-            x = images(shape, dtype)
-            module.group_norm_act_backward(
-                x, x, stats, stats, 32, w, w,
-                *([a, a, None] if full else [None] * 3), True, 0.1 * full, KEY, 0,
-                x if full else None, full,
-            )
-
-        for full in (True, False):
-            end = "-full" if full else "-plain"
-            yield f"{name}-forward{end}", default and full, lambda f=forward, n=full: f(n)
-            yield f"{name}-backward{end}", default and full, lambda f=backward, n=full: f(n)
+            yield f"{name}-forward-{variant}", default and variant == "full", forward
+            yield f"{name}-backward-{variant}", default and variant == "full", backward
 
 
 MODULES = {
@@ -236,6 +241,46 @@ def widths(ptx: str, operation: str) -> str:
     return " ".join(f"{size}x{n}" for size, n in sorted(counts.items(), reverse=True)) or "-"
 
 
+def disassembler() -> str | None:
+    """Path of cuobjdump: the one on the path, else the one that Triton brings."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+
+
+def executed(sass: str, trips: int) -> int:
+    """Instructions that a thread executes: a loop's body ``trips`` times, all others once.
+
+    Code behind the end of the program (slow paths of divisions and roots) is left out; branches
+    forward count as not taken.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", sass)]
+    end = next(at for at, text in code if text.split() == ["EXIT"])
+    code = [(at, text) for at, text in code if at <= end]
+    branches = [(at, re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(b.group(1), 16), at) for at, b in branches if b and int(b.group(1), 16) <= at]
+    times = [trips ** sum(first <= at <= last for first, last in loops) for at, _ in code]
+    return sum(times)
+
+
+def per_element(cubin: bytes, constants: dict[str, Any], warps: int) -> float | None:
+    """Instructions per element of a normalisation kernel; None for others, and untold."""
+    tool = disassembler()
+    if tool is None or "SLAB" not in constants:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} -sass failed: {done.stderr[-500:]}")
+    rows = constants.get("LENGTH", constants["HW"])
+    channels = constants["SLAB"] * constants["C"] // constants["GROUPS"]
+    count = executed(done.stdout, -(-rows // constants["ROWS"]))
+    return round(count * 32 * warps / (rows * channels), 1)
+
+
 def measure(source, architecture: int) -> dict:
     """Compile what `source_of` returned: a row of the table, and the assembly."""
     import triton
@@ -258,6 +303,11 @@ def measure(source, architecture: int) -> dict:
         "registers": int(registers.group(1)),
         "spills": int(spills.group(1)) + int(spills.group(2)),
         "shared": kernel.metadata.shared,
+        "instr": per_element(
+            kernel.asm["cubin"],
+            {function.params[i].name: value for (i,), value in constants.items()},
+            kernel.metadata.num_warps,
+        ),
         "loads": widths(kernel.asm["ptx"], "ld"),
         "stores": widths(kernel.asm["ptx"], "st"),
         "asm": kernel.asm,
@@ -276,8 +326,9 @@ def main() -> None:
     options = parser.parse_args()
 
     folder = Path(__file__).resolve().parents[1] / "kernels"
-    columns = ("kernel", "arch", "warps", "registers", "spills", "shared", "loads", "stores")
-    sizes = (34, 5, 6, 10, 7, 7, 14, 14)
+    columns = ("kernel", "arch", "warps", "registers", "spills", "shared", "instr", "loads",
+               "stores")
+    sizes = (34, 5, 6, 10, 7, 7, 7, 14, 14)
     print(f"{'case':48}" + "".join(f"{c:{n}}" for c, n in zip(columns, sizes, strict=True)))
     rows = []
     for name, cases in MODULES.items():
