@@ -7,7 +7,7 @@
 
 #include "philox.h"  // as_float, as_bits
 
-#define ROBUSTDM_ABI 2  // native.ABI
+#define ROBUSTDM_ABI 3  // native.ABI
 
 #ifndef ROBUSTDM_VARIANT
 #define ROBUSTDM_VARIANT base

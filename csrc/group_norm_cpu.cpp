@@ -138,7 +138,7 @@ struct Masks {
 
   Masks(const int64_t* key, int layer, double rate)
       : philox(key[0], key[1], (Stream)(11 + 256 * layer)), first_index(key[2]),
-        least((uint32_t)(65536 * rate + 0.5)), survives((float)(1 / (1 - rate))) {}
+        least((uint32_t)rint(65536 * rate)), survives((float)(1 / (1 - rate))) {}
 
   void operator()(const Unit& unit, int64_t position, int count, uint32_t* keep) const {
     const Plan& p = unit.plan;
@@ -167,31 +167,24 @@ struct Masks {
   float apply(float x, uint32_t keep) const { return as_float(as_bits(x * survives) & keep); }
 };
 
-// x + residual + add, rounded to the dtype, where a result will be written later.
+// x + add, rounded to the dtype, where a result will be written later.
 template <int D>
-void stage(const Unit& unit, const void* x, const void* residual, const float* add, void* out,
-           float* lanes) {
+void stage(const Unit& unit, const void* x, const float* add, void* out, float* lanes) {
   typedef typename Element<D>::Type T;
   const int64_t row = unit.sample * unit.plan.channels + unit.first;
-  for (int c = 0; c < unit.channels; ++c) lanes[c] = add ? add[row + c] : 0.0f;
+  for (int c = 0; c < unit.channels; ++c) lanes[c] = add[row + c];
   unit.repeat(lanes);
   unit.stretches([&](int64_t offset, int64_t, int n) {
-    const T *from = (const T*)x + offset, *other = (const T*)residual + offset;
+    const T* from = (const T*)x + offset;
     T* to = (T*)out + offset;
-    if (residual) {
 #pragma GCC ivdep
-      for (int j = 0; j < n; ++j)
-        to[j] = Element<D>::put(Element<D>::get(from[j]) + Element<D>::get(other[j]) + lanes[j]);
-    } else {
-#pragma GCC ivdep
-      for (int j = 0; j < n; ++j) to[j] = Element<D>::put(Element<D>::get(from[j]) + lanes[j]);
-    }
+    for (int j = 0; j < n; ++j) to[j] = Element<D>::put(Element<D>::get(from[j]) + lanes[j]);
   });
 }
 
 struct Forward {
-  const void *x, *residual;
-  void *y, *v;
+  const void* x;
+  void* y;
   float *mean, *rstd;  // (B, groups)
   Affine affine;
   const float* add;
@@ -226,10 +219,9 @@ void forward_unit(const Unit& unit, const Forward& f, float* scratch, double* su
   float *centre = scratch, *factor = centre + unit.lanes, *offsets = factor + unit.lanes;
   float* spare = offsets + unit.lanes;
   const void* source = f.x;
-  if (f.residual || f.add) {
-    void* staged = f.residual ? f.v : f.y;
-    stage<D>(unit, f.x, f.residual, f.add, staged, spare);
-    source = staged;
+  if (f.add) {
+    stage<D>(unit, f.x, f.add, f.y, spare);
+    source = f.y;
   }
   const double count = (double)(p.size * p.spatial);
   float* mean = f.mean + unit.sample * p.groups;
@@ -276,7 +268,7 @@ void forward_unit(const Unit& unit, const Forward& f, float* scratch, double* su
 }
 
 struct Backward {
-  const void *dy, *v, *dv;
+  const void *dy, *x;
   void* dx;
   float* sums;  // (B, C, 3), or null
   const float *mean, *rstd;
@@ -296,9 +288,9 @@ void backward_unit(const Unit& unit, const Backward& b, float* scratch, double* 
   float* kept = mean2 + 2 * w;  // dL/du of the whole unit
   double *total1 = sums, *total2 = sums + unit.channels;
   const int64_t row = unit.sample * p.groups + unit.first / p.size;
-  const void* source = b.v;
+  const void* source = b.x;
   if (b.add) {
-    stage<D>(unit, b.v, nullptr, b.add, b.dx, centre);
+    stage<D>(unit, b.x, b.add, b.dx, centre);
     source = b.dx;
   }
   unit.spread(centre, b.mean + row);
@@ -346,15 +338,13 @@ void backward_unit(const Unit& unit, const Backward& b, float* scratch, double* 
   Sums third(unit, sum1, total1);
   du = kept;
   unit.stretches([&](int64_t offset, int64_t, int n) {
-    const T *in = (const T*)source + offset, *other = (const T*)b.dv + offset;
+    const T* in = (const T*)source + offset;
     T* dx = (T*)b.dx + offset;
 #pragma GCC ivdep  // in and dx are the same, or apart
     for (int j = 0; j < n; ++j) {
       const float xhat = (Element<D>::get(in[j]) - centre[j]) * rstd[j];
       sum2[j] = rstd[j] * (gain[j] * du[j] - mean1[j] - xhat * mean2[j]);
     }
-    if (b.dv)
-      for (int j = 0; j < n; ++j) sum2[j] += Element<D>::get(other[j]);
     if (out)
       for (int j = 0; j < n; ++j) sum1[j] += sum2[j];
     for (int j = 0; j < n; ++j) dx[j] = Element<D>::put(sum2[j]);
@@ -408,12 +398,12 @@ void backward_all(int* status, const Plan& plan, const Backward& b, bool silu, i
 EXPORT(group_norm_act_forward)(
     const void* x, int dtype, int64_t batch, int64_t spatial, int64_t channels, int64_t groups,
     const float* weight, const float* bias, const float* scale, const float* shift,
-    const float* add, const void* residual, void* y, void* v, float* mean, float* rstd, int silu,
-    double dropout, const int64_t* key, int layer, double tiny, int threads, Runtime runtime) {
+    const float* add, void* y, float* mean, float* rstd, int silu, double dropout,
+    const int64_t* key, int layer, double tiny, int threads, Runtime runtime) {
   const Plan plan(batch, spatial, channels, groups);
   const int64_t none[3] = {0, 0, 0};
   const Masks masks(dropout ? key : none, layer, dropout);
-  const Forward f = {x, residual, y, v, mean, rstd, {weight, bias, scale, shift}, add, silu != 0,
+  const Forward f = {x, y, mean, rstd, {weight, bias, scale, shift}, add, silu != 0,
                      dropout ? &masks : nullptr, (float)tiny};
   int status;
   FOR_DTYPE(dtype, forward_all, &status, plan, f, threads, runtime);
@@ -422,13 +412,13 @@ EXPORT(group_norm_act_forward)(
 
 EXPORT(group_norm_act_backward)(
     const void* dy, int dtype, int64_t batch, int64_t spatial, int64_t channels, int64_t groups,
-    const void* v, const float* mean, const float* rstd, const float* weight, const float* bias,
-    const float* scale, const float* shift, const float* add, const void* dv, void* dx, float* sums,
+    const void* x, const float* mean, const float* rstd, const float* weight, const float* bias,
+    const float* scale, const float* shift, const float* add, void* dx, float* sums,
     int silu, double dropout, const int64_t* key, int layer, int threads, Runtime runtime) {
   const Plan plan(batch, spatial, channels, groups);
   const int64_t none[3] = {0, 0, 0};
   const Masks masks(dropout ? key : none, layer, dropout);
-  const Backward b = {dy, v, dv, dx, sums, mean, rstd, {weight, bias, scale, shift}, add,
+  const Backward b = {dy, x, dx, sums, mean, rstd, {weight, bias, scale, shift}, add,
                       dropout ? &masks : nullptr};
   int status;
   FOR_DTYPE(dtype, backward_all, &status, plan, b, silu != 0, threads, runtime);

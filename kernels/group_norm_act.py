@@ -1,28 +1,23 @@
-"""Channels-last group normalisation with its block around it: residual, AdaGN, SiLU, dropout.
+"""Channels-last group normalisation with its block around it: AdaGN, SiLU, dropout.
 
 Forward, with the mean and variance of a sample's group over its channels and positions::
 
-    v = x + residual + add          (rounded to the activation's dtype)
+    v = x + add                     (rounded to the activation's dtype)
     xhat = (v - mean) rstd          rstd = 1 / sqrt(variance + tiny)
     u = xhat w + b                  w = weight (1 + scale)    b = bias (1 + scale) + shift
     y = dropout(silu(u))
 
 Backward, with du = dy d dropout(silu(u)) / d u and means over the group::
 
-    dx = rstd (w du - mean(w du) - xhat mean(w du xhat)) + dv
+    dx = rstd (w du - mean(w du) - xhat mean(w du xhat))
 
 `robustdm.reference.group_norm_act` is the specification; the dropout mask is bit for bit that of
 `robustdm.random.dropout_mask`. Activations are (B, C, *spatial) with channels-last strides, in
 float32, bfloat16 or float16; arithmetic is in float32; no atomics, so results repeat bitwise.
 
-Bytes through device memory per element, in sizes of the activation's dtype:
-
-=================  ==========================  ======================
-                   forward                     backward
-=================  ==========================  ======================
-plain              2  (x; y)                   3  (dy, x; dx)
-with a residual    4  (x, residual; v, y)      3, or 4 with dv
-=================  ==========================  ======================
+Bytes through device memory per element, in sizes of the activation's dtype: forward 2 (x; y),
+backward 3 (dy, x; dx). With dropout, the forward also stores one bit per element, whether it was
+kept, which the backward reads: to draw the mask again would take more instructions than all else.
 
 Three paths, chosen by `plan`. Resident: a program holds all positions of a few groups in registers
 and reads each byte once. Loop: it goes over them twice, the second time out of the cache. Split:
@@ -46,6 +41,9 @@ from torch import Tensor
 # random.Stream.DROPOUT_MASK and random.LAYOUT_VERSION: the third and fourth counter words.
 _STREAM = 11
 _LAYOUT: tl.constexpr = tl.constexpr(2)
+
+_LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+_LOG2: tl.constexpr = tl.constexpr(math.log(2))
 
 # Elements a thread holds per tile. 64 in float32, twice (v and its square or y), and the channels'
 # constants fit 128 registers; the backward holds two tiles, hence half.
@@ -190,20 +188,27 @@ def _place(sample, row, channel, exists, HW: tl.constexpr, C: tl.constexpr, ROWS
 
 
 @triton.jit
-def _load_v(x, residual, add, sample, channel, exists, start, offset, mask, C: tl.constexpr):
-    """x + residual + add, rounded to the dtype of x, as float32."""
+def _load_v(x, add, sample, channel, exists, start, offset, mask, C: tl.constexpr):
+    """x + add, rounded to the dtype of x, as float32."""
     v = tl.load(x + start + offset, mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        v += tl.load(residual + start + offset, mask, other=0.0).to(tl.float32)
     if add is not None:
         v += tl.load(add + sample * C + channel, exists, other=0.0).to(tl.float32)[None, :]
-    return v.to(x.dtype.element_ty).to(tl.float32)
+        v = v.to(x.dtype.element_ty).to(tl.float32)
+    return v
 
 
 @triton.jit
-def _kept(key, stream, threshold, sample, row, channel, HW: tl.constexpr, C: tl.constexpr,
+def _inverse(e, k):
+    """1 / (k (1 + e)), for e from 0 to infinity: without what a division must guard."""
+    h = tl.rsqrt(e * k + k)
+    return h * h
+
+
+@triton.jit
+def _bits(key, stream, threshold, sample, row, channel, HW: tl.constexpr, C: tl.constexpr,
           ROWS: tl.constexpr, COLS: tl.constexpr):
-    """`robustdm.random.dropout_mask` of a tile: one Philox call per row and eight channels."""
+    """`robustdm.random.dropout_mask` of a tile: one Philox call, and one byte, per row and eight
+    channels, of which the first is the lowest bit."""
     CALLS: tl.constexpr = (C + 7) // 8
     seed = tl.load(key) + (tl.load(key + 1) << 32)
     first = ((tl.load(key + 2) + sample) * HW + row) * CALLS + tl.min(channel, 0) // 8
@@ -211,30 +216,60 @@ def _kept(key, stream, threshold, sample, row, channel, HW: tl.constexpr, C: tl.
     low, high = site.to(tl.int32), (site >> 32).to(tl.int32)
     zero = tl.zeros_like(low)
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + stream, zero + _LAYOUT)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    bits = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(bits, [ROWS, COLS]).to(tl.int32) >= threshold
+    return (_pair(w0, threshold) + (_pair(w1, threshold) << 2)
+            + (_pair(w2, threshold) << 4) + (_pair(w3, threshold) << 6))
 
 
 @triton.jit
-def _write_y(y, centred, w, b, start, offset, mask, key, stream, threshold, inv_keep, sample, row,
-             channel, HW: tl.constexpr, C: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
-             COLS: tl.constexpr):
+def _pair(word, threshold):
+    low, high = (word & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
+    return tl.where(low >= threshold, 1, 0) + tl.where(high >= threshold, 2, 0)
+
+
+@triton.jit
+def _place_bits(sample, row, channel, exists, HW: tl.constexpr, C: tl.constexpr,
+                ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Offsets and mask of a tile's bytes."""
+    CALLS: tl.constexpr = (C + 7) // 8
+    rows, calls = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS // 8)[None, :]
+    first = tl.min(channel, 0) // 8
+    used = tl.max(tl.reshape(exists.to(tl.int32), [COLS // 8, 8]), 1) > 0
+    mask = (row + rows < HW) & used[None, :]
+    return (sample * HW + row) * CALLS + first + (rows * CALLS + calls), mask
+
+
+@triton.jit
+def _kept(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS // 8] bytes to [ROWS, COLS] truths."""
+    one = (1 << tl.arange(0, 8))[None, None, :]
+    return tl.reshape((bits[:, :, None] & one) != 0, [ROWS, COLS])
+
+
+@triton.jit
+def _write_y(y, keep, centred, w, b, start, offset, mask, key, stream, threshold, inv_keep, sample,
+             row, channel, exists, HW: tl.constexpr, C: tl.constexpr, SILU: tl.constexpr,
+             ROWS: tl.constexpr, COLS: tl.constexpr):
     """y of a tile, from v - mean."""
-    u = centred * w[None, :] + b[None, :]
+    survive = 1 / inv_keep
     if SILU:
-        u = u * tl.sigmoid(u)
+        # silu(u) = -z / (log2(e) (1 + 2^z)); what dropout divides by goes into the same constant.
+        z = centred * (w * -_LOG2E)[None, :] + (b * -_LOG2E)[None, :]
+        u = -z * _inverse(tl.exp2(z), _LOG2E * survive)
+    else:
+        u = centred * (w * inv_keep)[None, :] + (b * inv_keep)[None, :]
     if key is not None:
-        kept = _kept(key, stream, threshold, sample, row, channel, HW, C, ROWS, COLS)
-        u = tl.where(kept, u * inv_keep, 0.0)
+        bits = _bits(key, stream, threshold, sample, row, channel, HW, C, ROWS, COLS)
+        at, found = _place_bits(sample, row, channel, exists, HW, C, ROWS, COLS)
+        tl.store(keep + at, bits.to(tl.uint8), found)
+        u = tl.where(_kept(bits, ROWS, COLS), u, 0.0)
     tl.store(y + start + offset, u.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def _resident_forward_kernel(
-    x, residual, add,  # (B, S, C), (B, S, C), (B, C)
+    x, add,  # (B, S, C), (B, C)
     weight, bias, scale, shift, key,  # (C,), (C,), (B, C), (B, C), (3,) int64
-    y, v_out, mean_out, rstd_out,  # (B, S, C), (B, S, C), (B, GROUPS), (B, GROUPS)
+    y, keep, mean_out, rstd_out,  # (B, S, C), (B, S, CALLS) uint8, (B, GROUPS), (B, GROUPS)
     stream, threshold, inv_keep, tiny,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GP: tl.constexpr, SILU: tl.constexpr,
@@ -245,27 +280,24 @@ def _resident_forward_kernel(
     slab = tl.program_id(0) % SLABS
     channel, exists, group, group_exists, member = _channels(slab, C, GROUPS, SLAB, COLS, GP)
     start, offset, mask = _place(sample, 0, channel, exists, HW, C, ROWS)
-    v = _load_v(x, residual, add, sample, channel, exists, start, offset, mask, C)
-    if residual is not None:
-        tl.store(v_out + start + offset, v.to(v_out.dtype.element_ty), mask)
+    v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
     mean = _group_sum(tl.sum(tl.where(mask, v, 0.0), 0), member) / COUNT
     centred = tl.where(mask, v - _spread(mean, member)[None, :], 0.0)
     rstd = 1 / tl.sqrt(_group_sum(tl.sum(centred * centred, 0), member) / COUNT + tiny)
     tl.store(mean_out + sample * GROUPS + group, mean, group_exists)
     tl.store(rstd_out + sample * GROUPS + group, rstd, group_exists)
     w, b = _affine(weight, bias, scale, shift, sample, channel, exists, C)
-    _write_y(y, centred, w * _spread(rstd, member), b, start, offset, mask, key, stream, threshold,
-             inv_keep, sample, 0, channel, HW, C, SILU, ROWS, COLS)
+    _write_y(y, keep, centred, w * _spread(rstd, member), b, start, offset, mask, key, stream,
+             threshold, inv_keep, sample, 0, channel, exists, HW, C, SILU, ROWS, COLS)
 
 
 @triton.jit
-def _statistics(x, residual, add, v_out, sample, begin, channel, exists, member,
-                HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, LENGTH: tl.constexpr,
-                ROWS: tl.constexpr, COLS: tl.constexpr):
+def _statistics(x, add, sample, begin, channel, exists, member, HW: tl.constexpr, C: tl.constexpr,
+                GROUPS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Mean and sum of squared deviations of groups over positions begin to begin + LENGTH.
 
     Every element of the tile keeps the running mean and deviation of the positions it has seen
-    (Welford); they are merged once, after the loop. Stores v if there is a residual.
+    (Welford); they are merged once, after the loop.
     """
     mean = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -273,9 +305,7 @@ def _statistics(x, residual, add, v_out, sample, begin, channel, exists, member,
     for step in tl.range(0, LENGTH, ROWS, disable_licm=True):
         row = begin + step
         start, offset, mask = _place(sample, row, channel, exists, HW, C, ROWS)
-        v = _load_v(x, residual, add, sample, channel, exists, start, offset, mask, C)
-        if residual is not None:
-            tl.store(v_out + start + offset, v.to(v_out.dtype.element_ty), mask)
+        v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
         seen += tl.where(row + tl.arange(0, ROWS)[:, None] < HW, 1.0, 0.0)
         change = tl.where(mask, v - mean, 0.0)
         mean += change * (1 / tl.maximum(seen, 1.0))
@@ -288,21 +318,21 @@ def _statistics(x, residual, add, v_out, sample, begin, channel, exists, member,
 
 
 @triton.jit
-def _apply(v_in, add, y, sample, begin, channel, exists, mean, w, b, key, stream, threshold,
+def _apply(x, add, y, keep, sample, begin, channel, exists, mean, w, b, key, stream, threshold,
            inv_keep, HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU: tl.constexpr,
            ROWS: tl.constexpr, COLS: tl.constexpr):
     """y of positions begin to begin + LENGTH."""
     for step in tl.range(0, LENGTH, ROWS, disable_licm=True):
         row = begin + step
         start, offset, mask = _place(sample, row, channel, exists, HW, C, ROWS)
-        v = _load_v(v_in, None, add, sample, channel, exists, start, offset, mask, C)
-        _write_y(y, v - mean[None, :], w, b, start, offset, mask, key, stream, threshold, inv_keep,
-                 sample, row, channel, HW, C, SILU, ROWS, COLS)
+        v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
+        _write_y(y, keep, v - mean[None, :], w, b, start, offset, mask, key, stream, threshold,
+                 inv_keep, sample, row, channel, exists, HW, C, SILU, ROWS, COLS)
 
 
 @triton.jit
 def _loop_forward_kernel(
-    x, residual, add, weight, bias, scale, shift, key, y, v_out, mean_out, rstd_out,
+    x, add, weight, bias, scale, shift, key, y, keep, mean_out, rstd_out,
     stream, threshold, inv_keep, tiny,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GP: tl.constexpr, SILU: tl.constexpr,
@@ -312,25 +342,20 @@ def _loop_forward_kernel(
     sample = (tl.program_id(0) // SLABS).to(tl.int64)
     slab = tl.program_id(0) % SLABS
     channel, exists, group, group_exists, member = _channels(slab, C, GROUPS, SLAB, COLS, GP)
-    mean, squares = _statistics(x, residual, add, v_out, sample, 0, channel, exists, member,
-                                HW, C, GROUPS, HW, ROWS, COLS)
+    mean, squares = _statistics(x, add, sample, 0, channel, exists, member, HW, C, GROUPS, HW, ROWS,
+                                COLS)
     rstd = 1 / tl.sqrt(squares / (HW * (C // GROUPS)) + tiny)
     tl.store(mean_out + sample * GROUPS + group, mean, group_exists)
     tl.store(rstd_out + sample * GROUPS + group, rstd, group_exists)
     w, b = _affine(weight, bias, scale, shift, sample, channel, exists, C)
     mean, w = _spread(mean, member), w * _spread(rstd, member)
-    if residual is not None:
-        tl.debug_barrier()  # v was stored by other threads, perhaps
-        _apply(v_out, None, y, sample, 0, channel, exists, mean, w, b, key, stream, threshold,
-               inv_keep, HW, C, HW, SILU, ROWS, COLS)
-    else:
-        _apply(x, add, y, sample, 0, channel, exists, mean, w, b, key, stream, threshold,
-               inv_keep, HW, C, HW, SILU, ROWS, COLS)
+    _apply(x, add, y, keep, sample, 0, channel, exists, mean, w, b, key, stream, threshold,
+           inv_keep, HW, C, HW, SILU, ROWS, COLS)
 
 
 @triton.jit(do_not_specialize=["first_sample"])
 def _split_statistics_kernel(
-    x, residual, add, v_out, partial,  # partial: (B, SPLITS, GROUPS, 2) mean, squares
+    x, add, partial,  # partial: (B, SPLITS, GROUPS, 2) mean, squares
     first_sample,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     SPLITS: tl.constexpr, LENGTH: tl.constexpr,
@@ -341,8 +366,8 @@ def _split_statistics_kernel(
     split = tl.program_id(0) // SLABS % SPLITS
     slab = tl.program_id(0) % SLABS
     channel, exists, group, group_exists, member = _channels(slab, C, GROUPS, SLAB, COLS, GP)
-    mean, squares = _statistics(x, residual, add, v_out, sample, split * LENGTH, channel, exists,
-                                member, HW, C, GROUPS, LENGTH, ROWS, COLS)
+    mean, squares = _statistics(x, add, sample, split * LENGTH, channel, exists, member, HW, C,
+                                GROUPS, LENGTH, ROWS, COLS)
     at = partial + ((sample * SPLITS + split) * GROUPS + group) * 2
     tl.store(at, mean, group_exists)
     tl.store(at + 1, squares, group_exists)
@@ -350,7 +375,7 @@ def _split_statistics_kernel(
 
 @triton.jit(do_not_specialize=["first_sample"])
 def _split_apply_kernel(
-    v_in, add, weight, bias, scale, shift, key, partial, y, mean_out, rstd_out,
+    x, add, weight, bias, scale, shift, key, partial, y, keep, mean_out, rstd_out,
     stream, threshold, inv_keep, tiny, first_sample,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, LENGTH: tl.constexpr,
@@ -374,35 +399,36 @@ def _split_apply_kernel(
         tl.store(mean_out + sample * GROUPS + group, mean, group_exists)
         tl.store(rstd_out + sample * GROUPS + group, rstd, group_exists)
     w, b = _affine(weight, bias, scale, shift, sample, channel, exists, C)
-    _apply(v_in, add, y, sample, split * LENGTH, channel, exists, _spread(mean, member),
+    _apply(x, add, y, keep, sample, split * LENGTH, channel, exists, _spread(mean, member),
            w * _spread(rstd, member), b, key, stream, threshold, inv_keep,
            HW, C, LENGTH, SILU, ROWS, COLS)
 
 
 @triton.jit
 def _tile_gradient(dy, x, add, sample, row, channel, exists, mean, w, b, start, offset, mask,
-                   key, stream, threshold, inv_keep, HW: tl.constexpr, C: tl.constexpr,
+                   keep, inv_keep, HW: tl.constexpr, C: tl.constexpr,
                    SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """du of a tile, and its v - mean, or v if mean is None; u = w times that, + b."""
-    v = _load_v(x, None, add, sample, channel, exists, start, offset, mask, C)
+    """du of a tile without dropout's factor, and its v - mean, or v if mean is None; u = w times
+    that, + b."""
+    v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
     du = tl.load(dy + start + offset, mask, other=0.0).to(tl.float32)
     if mean is not None:
         v -= mean[None, :]
-    if key is not None:
-        kept = _kept(key, stream, threshold, sample, row, channel, HW, C, ROWS, COLS)
-        du = tl.where(kept, du * inv_keep, 0.0)
+    if keep is not None:
+        at, found = _place_bits(sample, row, channel, exists, HW, C, ROWS, COLS)
+        bits = tl.load(keep + at, found, other=0).to(tl.int32)
+        du = tl.where(_kept(bits, ROWS, COLS), du, 0.0)
     if SILU:
-        u = v * w[None, :] + b[None, :]
-        gate = tl.sigmoid(u)
-        du *= gate + u * gate * (1 - gate)
+        # With z = -log2(e) u, silu'(u) = gate (1 + z log(2) (gate - 1)).
+        z = v * (w * -_LOG2E)[None, :] + (b * -_LOG2E)[None, :]
+        gate = _inverse(tl.exp2(z), 1.0)
+        du *= gate + z * (gate * _LOG2 - _LOG2) * gate
     return du, v
 
 
 @triton.jit
-def _write_dx(dx_out, dv, du, v, w, a, q, start, offset, mask):
+def _write_dx(dx_out, du, v, w, a, q, start, offset, mask):
     dx = du * w[None, :] - a[None, :] - v * q[None, :]
-    if dv is not None:
-        dx += tl.load(dv + start + offset, mask, other=0.0).to(tl.float32)
     tl.store(dx_out + start + offset, dx.to(dx_out.dtype.element_ty), mask)
     return tl.where(mask, dx, 0.0)
 
@@ -419,9 +445,9 @@ def _sample_constants(mean, rstd, weight, bias, scale, shift, sample, channel, e
 
 @triton.jit
 def _backward_kernel(
-    dy, x, add, mean, rstd, weight, bias, scale, shift, key, dv, dx_out,
+    dy, x, add, mean, rstd, weight, bias, scale, shift, keep, dx_out,
     sums,  # (B, C, 3)
-    stream, threshold, inv_keep,
+    inv_keep,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GP: tl.constexpr, SILU: tl.constexpr,
 ):
@@ -436,12 +462,12 @@ def _backward_kernel(
     if ROWS >= HW:
         start, offset, mask = _place(sample, 0, channel, exists, HW, C, ROWS)
         du, centred = _tile_gradient(dy, x, add, sample, 0, channel, exists, m, w, b, start, offset,
-                                     mask, key, stream, threshold, inv_keep, HW, C, SILU,
+                                     mask, keep, inv_keep, HW, C, SILU,
                                      ROWS, COLS)
-        sum_du, sum_du_xhat = tl.sum(du, 0), tl.sum(du * centred, 0) * r
+        sum_du, sum_du_xhat = tl.sum(du, 0) * inv_keep, tl.sum(du * centred, 0) * (r * inv_keep)
     else:
         sum_du, sum_du_xhat = _gradient_sums(
-            dy, x, add, sample, 0, channel, exists, m, r, w, b, key, stream, threshold, inv_keep,
+            dy, x, add, sample, 0, channel, exists, m, r, w, b, keep, inv_keep,
             HW, C, HW, SILU, ROWS, COLS)
     if sums is not None:  # now, so that they need no registers any longer
         tl.store(sums + (sample * C + channel) * 3, sum_du, exists)
@@ -449,19 +475,19 @@ def _backward_kernel(
     a = _spread(_group_sum(sum_du * w, member), member) / COUNT
     q = _spread(_group_sum(sum_du_xhat * w, member), member) * r / COUNT
     if ROWS >= HW:
-        sum_dx = tl.sum(_write_dx(dx_out, dv, du, centred, w, a, q, start, offset, mask), 0)
+        sum_dx = tl.sum(_write_dx(dx_out, du, centred, w * inv_keep, a, q, start, offset, mask), 0)
     else:
         sum_dx = _apply_gradient(
-            dy, x, add, dv, dx_out, sample, 0, channel, exists, m, w, b, a, q, key, stream,
-            threshold, inv_keep, HW, C, HW, SILU, ROWS, COLS)
+            dy, x, add, dx_out, sample, 0, channel, exists, m, w, b, a, q, keep, inv_keep, HW, C,
+            HW, SILU, ROWS, COLS)
     if sums is not None:
         tl.store(sums + (sample * C + channel) * 3 + 2, sum_dx, exists)
 
 
 @triton.jit
-def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b, key, stream,
-                   threshold, inv_keep, HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr,
-                   SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b, keep, inv_keep, HW:
+                   tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU: tl.constexpr, ROWS:
+                   tl.constexpr, COLS: tl.constexpr):
     """Sums of du and du xhat over positions begin to begin + LENGTH, per channel."""
     sum_du = tl.zeros([ROWS, COLS], tl.float32)
     sum_du_centred = tl.zeros([ROWS, COLS], tl.float32)
@@ -469,18 +495,17 @@ def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b,
         row = begin + step
         start, offset, mask = _place(sample, row, channel, exists, HW, C, ROWS)
         du, centred = _tile_gradient(dy, x, add, sample, row, channel, exists, mean, w, b, start,
-                                     offset, mask, key, stream, threshold, inv_keep, HW, C, SILU,
+                                     offset, mask, keep, inv_keep, HW, C, SILU,
                                      ROWS, COLS)
         sum_du += du
         sum_du_centred += du * centred
-    return tl.sum(sum_du, 0), tl.sum(sum_du_centred, 0) * rstd
+    return tl.sum(sum_du, 0) * inv_keep, tl.sum(sum_du_centred, 0) * (rstd * inv_keep)
 
 
 @triton.jit
-def _apply_gradient(dy, x, add, dv, dx_out, sample, begin, channel, exists, mean, w, b, a, q, key,
-                    stream, threshold, inv_keep, HW: tl.constexpr, C: tl.constexpr,
-                    LENGTH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
-                    COLS: tl.constexpr):
+def _apply_gradient(dy, x, add, dx_out, sample, begin, channel, exists, mean, w, b, a, q, keep,
+                    inv_keep, HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU:
+                    tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dx of positions begin to begin + LENGTH, and its sum per channel."""
     # Without v - mean, a thread holds fewer constants per channel.
     b -= mean * w
@@ -490,17 +515,17 @@ def _apply_gradient(dy, x, add, dv, dx_out, sample, begin, channel, exists, mean
         row = begin + step
         start, offset, mask = _place(sample, row, channel, exists, HW, C, ROWS)
         du, v = _tile_gradient(dy, x, add, sample, row, channel, exists, None, w, b, start,
-                                     offset, mask, key, stream, threshold, inv_keep, HW, C, SILU,
+                                     offset, mask, keep, inv_keep, HW, C, SILU,
                                      ROWS, COLS)
-        sum_dx += _write_dx(dx_out, dv, du, v, w, a, q, start, offset, mask)
+        sum_dx += _write_dx(dx_out, du, v, w * inv_keep, a, q, start, offset, mask)
     return tl.sum(sum_dx, 0)
 
 
 @triton.jit(do_not_specialize=["first_sample"])
 def _split_sums_kernel(
-    dy, x, add, mean, rstd, weight, bias, scale, shift, key,
+    dy, x, add, mean, rstd, weight, bias, scale, shift, keep,
     partial, sums,  # (B, SPLITS, GROUPS, 2) group sums of w du, w du xhat; (B, SPLITS, C, 3)
-    stream, threshold, inv_keep, first_sample,
+    inv_keep, first_sample,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     SPLITS: tl.constexpr, LENGTH: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GP: tl.constexpr, SILU: tl.constexpr,
@@ -513,8 +538,8 @@ def _split_sums_kernel(
     m, r, w, b = _sample_constants(mean, rstd, weight, bias, scale, shift, sample, channel, exists,
                                    C, GROUPS)
     sum_du, sum_du_xhat = _gradient_sums(
-        dy, x, add, sample, split * LENGTH, channel, exists, m, r, w, b, key, stream, threshold,
-        inv_keep, HW, C, LENGTH, SILU, ROWS, COLS)
+        dy, x, add, sample, split * LENGTH, channel, exists, m, r, w, b, keep, inv_keep, HW, C,
+        LENGTH, SILU, ROWS, COLS)
     at = partial + ((sample * SPLITS + split) * GROUPS + group) * 2
     tl.store(at, _group_sum(sum_du * w, member), group_exists)
     tl.store(at + 1, _group_sum(sum_du_xhat * w, member), group_exists)
@@ -526,8 +551,8 @@ def _split_sums_kernel(
 
 @triton.jit(do_not_specialize=["first_sample"])
 def _split_gradient_kernel(
-    dy, x, add, mean, rstd, weight, bias, scale, shift, key, dv, partial, dx_out, sums,
-    stream, threshold, inv_keep, first_sample,
+    dy, x, add, mean, rstd, weight, bias, scale, shift, keep, partial, dx_out, sums,
+    inv_keep, first_sample,
     HW: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, LENGTH: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GP: tl.constexpr, SILU: tl.constexpr,
@@ -546,8 +571,8 @@ def _split_gradient_kernel(
     a = _spread(tl.sum(tl.load(at, found, other=0.0), 0), member) / COUNT
     q = _spread(tl.sum(tl.load(at + 1, found, other=0.0), 0), member) * r / COUNT
     sum_dx = _apply_gradient(
-        dy, x, add, dv, dx_out, sample, split * LENGTH, channel, exists, m, w, b, a, q, key, stream,
-        threshold, inv_keep, HW, C, LENGTH, SILU, ROWS, COLS)
+        dy, x, add, dx_out, sample, split * LENGTH, channel, exists, m, w, b, a, q, keep, inv_keep,
+        HW, C, LENGTH, SILU, ROWS, COLS)
     if sums is not None:
         tl.store(sums + ((sample * SPLITS + split) * C + channel) * 3 + 2, sum_dx, exists)
 
@@ -564,6 +589,12 @@ def _random(key: Tensor | None, layer: int, dropout: float):
     return key, _STREAM + 256 * layer, round(65536 * dropout), 1 / (1 - dropout)
 
 
+def new_keep(x: Tensor) -> Tensor:
+    """Room for dropout's bits, one per element: (B, positions, ceil(C / 8)) uint8."""
+    batch, positions, channels = _shape(x)
+    return x.new_empty((batch, positions, -(-channels // 8)), dtype=torch.uint8)
+
+
 def _shape(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], math.prod(x.shape[2:]), x.shape[1]
 
@@ -578,29 +609,29 @@ def _constants(cut: Plan, shape: tuple[int, int, int], groups: int) -> dict:
 
 def group_norm_act_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, add: Tensor | None, residual: Tensor | None, silu: bool, dropout: float,
-    key: Tensor | None, layer: int, tiny: float,
+    shift: Tensor | None, add: Tensor | None, silu: bool, dropout: float, key: Tensor | None,
+    layer: int, tiny: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward.
 
     Args:
-        x: (B, C, *spatial) with channels-last strides; ``residual`` likewise.
+        x: (B, C, *spatial) with channels-last strides.
         weight, bias, scale, shift, add, silu, dropout, key, layer, tiny: as in
             `robustdm.reference.group_norm_act`; contiguous.
 
     Returns:
-        y like x; v like x if there is a residual, else empty; mean and rstd (B, groups) float32.
+        y like x; keep (B, positions, ceil(C / 8)) uint8, a bit per element that dropout kept, empty
+        without dropout; mean and rstd (B, groups) float32.
     """
-    shape = batch, positions, _ = _shape(x)
+    shape = batch, _, _ = _shape(x)
     y = torch.empty_like(x)
-    v = x.new_empty(0) if residual is None else torch.empty_like(x)
+    keep = new_keep(x) if dropout else x.new_empty(0, dtype=torch.uint8)
     mean = x.new_empty((batch, groups), dtype=torch.float32)
     rstd = x.new_empty((batch, groups), dtype=torch.float32)
     if x.numel() == 0:
-        return y, v, mean, rstd
+        return y, keep, mean, rstd
     key, *rest = _random(key, layer, dropout)
-    reads = 1 if residual is None else 2
-    cut = plan(shape, groups, x.element_size(), reads, _RESIDENT_FORWARD, _FORWARD_PER_THREAD)
+    cut = plan(shape, groups, x.element_size(), 1, _RESIDENT_FORWARD, _FORWARD_PER_THREAD)
     constants = _constants(cut, shape, groups)
     affine = weight, bias, scale, shift, key
     with _on(x):
@@ -609,66 +640,64 @@ def group_norm_act_forward(
                 _resident_forward_kernel if cut.path == "resident" else _loop_forward_kernel
             )
             kernel[(batch * cut.slabs,)](
-                x, residual, add, *affine, y, v, mean, rstd, *rest, tiny, SILU=silu, **constants
+                x, add, *affine, y, keep, mean, rstd, *rest, tiny, SILU=silu, **constants
             )
-            return y, v, mean, rstd
+            return y, keep, mean, rstd
         constants |= dict(SPLITS=cut.splits, LENGTH=cut.split_rows)
         partial = x.new_empty((batch, cut.splits, groups, 2), dtype=torch.float32)
-        apply_from, apply_add = (x, add) if residual is None else (v, None)
         for first in range(0, batch, cut.chunk):
             grid = (min(cut.chunk, batch - first) * cut.slabs * cut.splits,)
-            _split_statistics_kernel[grid](x, residual, add, v, partial, first, **constants)
+            _split_statistics_kernel[grid](x, add, partial, first, **constants)
             _split_apply_kernel[grid](
-                apply_from, apply_add, *affine, partial, y, mean, rstd, *rest, tiny, first,
+                x, add, *affine, partial, y, keep, mean, rstd, *rest, tiny, first,
                 SPLITS_P=triton.next_power_of_2(cut.splits), SILU=silu, **constants,
             )
-    return y, v, mean, rstd
+    return y, keep, mean, rstd
 
 
 def group_norm_act_backward(
-    dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None,
-    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
-    silu: bool, dropout: float, key: Tensor | None, layer: int, dv: Tensor | None,
+    dy: Tensor, x: Tensor, keep: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, silu: bool, dropout: float, key: Tensor | None, layer: int,
     need_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward.
 
     Args:
-        dy: gradient with respect to y; channels-last strides, as are v and dv.
-        v: what the forward returned with a residual (then add is None), else its x.
-        mean, rstd: (B, groups) from the forward.
-        dv: gradient with respect to the forward's v, or None.
+        dy: gradient with respect to y; channels-last strides, as is x.
+        keep, mean, rstd: from the forward.
+        key, layer: unused here, as ``keep`` holds the mask.
         need_sums: whether anything but dx is wanted.
 
     Returns:
-        dx like v, which is also the gradient with respect to the residual, and (B, C, 3) float32
-        sums over positions of du, du xhat and dx, or an empty tensor without ``need_sums``.
+        dx like x, and (B, C, 3) float32 sums over positions of du, du xhat and dx, or an empty
+        tensor without ``need_sums``.
     """
-    shape = batch, _, channels = _shape(v)
-    dx = torch.empty_like(v)
-    sums = v.new_empty((batch, channels, 3) if need_sums else 0, dtype=torch.float32)
-    if v.numel() == 0:
+    shape = batch, _, channels = _shape(x)
+    dx = torch.empty_like(x)
+    sums = x.new_empty((batch, channels, 3) if need_sums else 0, dtype=torch.float32)
+    if x.numel() == 0:
         return dx, sums.zero_()
-    key, *rest = _random(key, layer, dropout)
-    cut = plan(shape, groups, v.element_size(), 2, _RESIDENT_BACKWARD, _BACKWARD_PER_THREAD)
+    inv_keep = 1 / (1 - dropout)
+    cut = plan(shape, groups, x.element_size(), 2, _RESIDENT_BACKWARD, _BACKWARD_PER_THREAD)
     constants = _constants(cut, shape, groups) | dict(SILU=silu)
-    inputs = dy, v, add, mean, rstd, weight, bias, scale, shift, key
-    with _on(v):
+    inputs = dy, x, add, mean, rstd, weight, bias, scale, shift, keep if dropout else None
+    with _on(x):
         if cut.path != "split":
             _backward_kernel[(batch * cut.slabs,)](
-                *inputs, dv, dx, sums if need_sums else None, *rest, **constants
+                *inputs, dx, sums if need_sums else None, inv_keep, **constants
             )
             return dx, sums
         constants |= dict(SPLITS=cut.splits, LENGTH=cut.split_rows)
-        partial = v.new_empty((batch, cut.splits, groups, 2), dtype=torch.float32)
+        partial = x.new_empty((batch, cut.splits, groups, 2), dtype=torch.float32)
         parts = None
         if need_sums:
-            parts = v.new_empty((batch, cut.splits, channels, 3), dtype=torch.float32)
+            parts = x.new_empty((batch, cut.splits, channels, 3), dtype=torch.float32)
         for first in range(0, batch, cut.chunk):
             grid = (min(cut.chunk, batch - first) * cut.slabs * cut.splits,)
-            _split_sums_kernel[grid](*inputs, partial, parts, *rest, first, **constants)
+            _split_sums_kernel[grid](*inputs, partial, parts, inv_keep, first, **constants)
             _split_gradient_kernel[grid](
-                *inputs, dv, partial, dx, parts, *rest, first,
+                *inputs, partial, dx, parts, inv_keep, first,
                 SPLITS_P=triton.next_power_of_2(cut.splits), **constants,
             )
         return dx, parts.sum(1) if need_sums else sums

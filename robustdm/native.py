@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
+ABI = 3  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
 FOLDER = Path(__file__).parent / "_native"
 LEVELS = ("base", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,11 +48,11 @@ _SIGNATURES = {
         *[c_int64] * 3, *[_POINTER] * 3, c_int, c_int, c_int, _POINTER,
     ],
     "group_norm_act_forward": [
-        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 10, c_int, c_double, _POINTER, c_int,
+        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 8, c_int, c_double, _POINTER, c_int,
         c_double, c_int, _POINTER,
     ],
     "group_norm_act_backward": [
-        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 11, c_int, c_double, _POINTER, c_int, c_int,
+        _POINTER, c_int, *[c_int64] * 4, *[_POINTER] * 10, c_int, c_double, _POINTER, c_int, c_int,
         _POINTER,
     ],
     # The last two: threads and runtime, or device and stream.
@@ -296,28 +296,27 @@ def _norm_shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 
 def group_norm_act_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, add: Tensor | None, residual: Tensor | None, silu: bool, dropout: float,
-    key: Tensor | None, layer: int, tiny: float,
+    shift: Tensor | None, add: Tensor | None, silu: bool, dropout: float, key: Tensor | None,
+    layer: int, tiny: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`robustdm.reference.group_norm_act_forward` of channels-last tensors."""
+    """`robustdm.reference.group_norm_act_forward` of channels-last tensors; stores no mask."""
     y = torch.empty_like(x)
-    v = x.new_empty(0) if residual is None else torch.empty_like(x)
     mean, rstd = (torch.empty(x.shape[0], groups) for _ in range(2))
     if x.numel():
         parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
         _call(
             "group_norm_act_forward", x.data_ptr(), DTYPES[x.dtype], *_norm_shape(x, groups),
-            *map(_address, parameters), _address(residual), y.data_ptr(), v.data_ptr(),
-            mean.data_ptr(), rstd.data_ptr(), silu, dropout, _address(key), layer, tiny,
+            *map(_address, parameters), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), silu, dropout, _address(key), layer, tiny,
             *_team(x.numel()),
         )
-    return y, v, mean, rstd
+    return y, x.new_empty(0, dtype=torch.uint8), mean, rstd
 
 
 def group_norm_act_backward(
-    dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None,
-    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
-    silu: bool, dropout: float, key: Tensor | None, layer: int, dv: Tensor | None, need_sums: bool,
+    dy: Tensor, x: Tensor, keep: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, silu: bool, dropout: float, key: Tensor | None, layer: int,
+    need_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """`robustdm.reference.group_norm_act_backward` of channels-last tensors."""
     dx = torch.empty_like(dy)
@@ -326,8 +325,8 @@ def group_norm_act_backward(
         parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
         _call(
             "group_norm_act_backward", dy.data_ptr(), DTYPES[dy.dtype], *_norm_shape(dy, groups),
-            v.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *map(_address, parameters),
-            _address(dv), dx.data_ptr(), sums.data_ptr() if need_sums else None, silu, dropout,
+            x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *map(_address, parameters),
+            dx.data_ptr(), sums.data_ptr() if need_sums else None, silu, dropout,
             _address(key), layer, *_team(dy.numel()),
         )
     return dx, sums

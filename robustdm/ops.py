@@ -559,36 +559,38 @@ def equivariance_loss(
 
 def _run_group_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, add: Tensor | None, residual: Tensor | None,
-    key: Tensor | None, groups: int, silu: bool, dropout: float, layer: int, tiny: float,
-    backend: str,
+    shift: Tensor | None, add: Tensor | None, key: Tensor | None, groups: int, silu: bool,
+    dropout: float, layer: int, tiny: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = _implementation("group_norm_act", backend, x.device, x.dtype)
-    y, v, mean, rstd = module.group_norm_act_forward(
-        x, groups, weight, bias, scale, shift, add, residual, silu, dropout, key, layer, tiny
+    y, keep, mean, rstd = module.group_norm_act_forward(
+        x, groups, weight, bias, scale, shift, add, silu, dropout, key, layer, tiny
     )
-    return channels_last(y), v if residual is None else channels_last(v), mean, rstd
+    return channels_last(y), keep, mean, rstd
 
 
 _group_norm_act = _registered(_run_group_norm_act)
 
 
 @_group_norm_act.register_fake
-def _(x, weight, bias, scale, shift, add, residual, key, groups, *rest):
-    v = x.new_empty(0) if residual is None else torch.empty_like(x)
+def _(x, weight, bias, scale, shift, add, key, groups, silu, dropout, layer, tiny, backend):
+    size = (0,)  # C++ and the reference draw the mask again
+    if dropout and resolve("group_norm_act", backend, x.device, x.dtype) == "triton":
+        size = (x.shape[0], math.prod(x.shape[2:]), (x.shape[1] + 7) // 8) if x.numel() else (0,)
+    keep = x.new_empty(size, dtype=torch.uint8)
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=wide(x.dtype)) for _ in range(2))
-    return torch.empty_like(x), v, mean, rstd
+    return torch.empty_like(x), keep, mean, rstd
 
 
 def _run_group_norm_act_backward(
-    dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    add: Tensor | None, dv: Tensor | None, key: Tensor | None, groups: int, silu: bool,
-    dropout: float, layer: int, need_sums: bool, backend: str,
+    dy: Tensor, x: Tensor, keep: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
+    key: Tensor | None, groups: int, silu: bool, dropout: float, layer: int, need_sums: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = _implementation("group_norm_act", backend, dy.device, dy.dtype)
     dx, sums = module.group_norm_act_backward(
-        dy, v, mean, rstd, groups, weight, bias, scale, shift, add, silu, dropout, key, layer, dv,
+        dy, x, keep, mean, rstd, groups, weight, bias, scale, shift, add, silu, dropout, key, layer,
         need_sums,
     )
     return channels_last(dx), sums
@@ -598,38 +600,31 @@ _group_norm_act_backward = _registered(_run_group_norm_act_backward)
 
 
 @_group_norm_act_backward.register_fake
-def _(dy, v, mean, rstd, weight, bias, scale, shift, add, dv, key, groups, silu, dropout, layer,
+def _(dy, x, keep, mean, rstd, weight, bias, scale, shift, add, key, groups, silu, dropout, layer,
       need_sums, backend):
     shape = (*dy.shape[:2], 3) if need_sums else (0,)
     return torch.empty_like(dy), dy.new_empty(shape, dtype=wide(dy.dtype))
 
 
 def _group_norm_act_setup(ctx, inputs, output):
-    x, weight, bias, scale, shift, add, residual, key, *ctx.rest = inputs
-    _, v, mean, rstd = output
+    x, weight, bias, scale, shift, add, key, *ctx.rest = inputs
+    _, keep, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.has_residual = residual is not None
     ctx.add_dtype = None if add is None else add.dtype
-    ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_residual else (v,)))
-    # With a residual the sum was written; without one it is made again from x and add.
-    kept, add = (v, None) if ctx.has_residual else (x, add)
-    ctx.save_for_backward(kept, mean, rstd, weight, bias, scale, shift, add, key)
+    ctx.mark_non_differentiable(keep, mean, rstd)
+    ctx.save_for_backward(x, keep, mean, rstd, weight, bias, scale, shift, add, key)
 
 
-def _group_norm_act_grad(ctx, dy, dv, *unused):
-    kept, mean, rstd, weight, bias, scale, shift, add, key = ctx.saved_tensors
+def _group_norm_act_grad(ctx, dy, *unused):
+    x, keep, mean, rstd, weight, bias, scale, shift, add, key = ctx.saved_tensors
     groups, silu, dropout, layer, _, backend = ctx.rest
-    _, need_weight, need_bias, need_scale, need_shift, need_add, need_residual = (
-        ctx.needs_input_grad[:7])
-    if dy is None:  # only v was used
-        if dv is None:
-            return (None,) * 14
-        dy = torch.zeros_like(kept)
+    if dy is None:
+        return (None,) * 13
+    need_weight, need_bias, need_scale, need_shift, need_add = ctx.needs_input_grad[1:6]
     need_sums = need_weight or need_bias or need_scale or need_shift or need_add
     run = _choose(dy, _group_norm_act_backward, _run_group_norm_act_backward)
     dx, sums = run(
-        channels_last(dy), kept, mean, rstd, weight, bias, scale, shift, add,
-        channels_last(dv) if ctx.has_residual and dv is not None else None, key, groups, silu,
+        channels_last(dy), x, keep, mean, rstd, weight, bias, scale, shift, add, key, groups, silu,
         dropout, layer, need_sums, backend,
     )
     grads = [None] * 5
@@ -647,7 +642,7 @@ def _group_norm_act_grad(ctx, dy, dv, *unused):
             grads[3] = sum_u.to(shift.dtype)
         if need_add:
             grads[4] = sum_x.to(ctx.add_dtype)
-    return dx, *grads, dx if need_residual else None, *[None] * 7
+    return dx, *grads, *[None] * 7
 
 
 _group_norm_act.register_autograd(_group_norm_act_grad, setup_context=_group_norm_act_setup)
@@ -657,15 +652,16 @@ _eager_group_norm_act = _eager(_run_group_norm_act, _group_norm_act_setup, _grou
 def group_norm_act(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *,
     scale: Tensor | None = None, shift: Tensor | None = None, add: Tensor | None = None,
-    residual: Tensor | None = None, silu: bool = True, dropout: float = 0.0,
-    key: Tensor | None = None, layer: int = 0, tiny: float = 1e-5, backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Channels-last group normalisation with the additions before it and the activation after it.
+    silu: bool = True, dropout: float = 0.0, key: Tensor | None = None, layer: int = 0,
+    tiny: float = 1e-5, backend: str = "auto",
+) -> Tensor:
+    """Channels-last group normalisation with the addition before it and the activation after it.
 
-    v = x + residual + add;  u = GroupNorm(v) (1 + scale) + shift;  y = dropout(silu(u))
+    v = x + add;  u = GroupNorm(v) (1 + scale) + shift;  y = dropout(silu(u))
 
     In the backward pass the gradients of weight, bias, scale, shift and add cost nothing unless
-    asked for. The dropout mask is drawn again from ``key``, never stored.
+    asked for. For it, the triton backend stores the dropout mask, one bit per element; the others
+    draw it from ``key`` again. In a group of one value, xhat is 0.
 
     Args:
         x: (B, C, *spatial) float; made channels-last if it is not.
@@ -673,7 +669,6 @@ def group_norm_act(
         weight, bias: (C,), both or neither.
         scale, shift: (B, C) per sample (adaptive normalisation), both or neither.
         add: (B, C), added over all positions before the normalisation (a time embedding).
-        residual: like x, added before the normalisation.
         silu: apply SiLU.
         dropout: rate of dropout behind it, from 0 to below 1.
         key: (3,) int64, needed with dropout: seed, step, global index of the first sample.
@@ -682,7 +677,7 @@ def group_norm_act(
         backend: "auto", "torch", "cpp" or "triton".
 
     Returns:
-        y, channels-last; with ``residual`` also v = x + residual + add.
+        y, channels-last.
 
     Raises:
         UsageError: for wrong shapes, dtypes or devices, or a backend that is off.
@@ -706,27 +701,22 @@ def group_norm_act(
                  f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)}: give {size}")
             check_float(op, name, value)
             check_device(op, "x", x, **{name: value})
-    check_like(op, "x", x, residual=residual)
     need(op, 0 <= dropout < 1, f"dropout is {dropout}: give a rate from 0 to below 1")
     need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
         check_key(op, "x", x, key)
     if backend == "auto" and resolve(op, backend, x.device, x.dtype) == "torch":
         # Torch's own gradients are faster than the reference's, and a compiler can fuse them.
-        y, v = reference.group_norm_act(
-            channels_last(x), groups, weight, bias, scale, shift, add, residual, silu, dropout,
-            key, layer, tiny,
-        )
-        y = channels_last(y)
-        return y if residual is None else (y, channels_last(v))
+        return channels_last(reference.group_norm_act(
+            channels_last(x), groups, weight, bias, scale, shift, add, silu, dropout, key, layer,
+            tiny,
+        ))
     run = _choose(x, _group_norm_act, _eager_group_norm_act)
-    y, v, _, _ = run(
+    return run(
         channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
         *(p if p is None else p.contiguous() for p in (scale, shift, add)),
-        None if residual is None else channels_last(residual.to(x.dtype)), key, groups, silu,
-        float(dropout), layer, tiny, backend,
-    )
-    return y if residual is None else (y, v)
+        key, groups, silu, float(dropout), layer, tiny, backend,
+    )[0]
 
 
 # adamw_ema

@@ -237,12 +237,12 @@ def equivariance_loss(
 def group_norm_act(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
     scale: Tensor | None = None, shift: Tensor | None = None, add: Tensor | None = None,
-    residual: Tensor | None = None, silu: bool = True, dropout: float = 0.0,
-    key: Tensor | None = None, layer: int = 0, tiny: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    silu: bool = True, dropout: float = 0.0, key: Tensor | None = None, layer: int = 0,
+    tiny: float = 1e-5,
+) -> Tensor:
     """Group normalisation with what stands around it in a diffusion U-Net's block.
 
-    v = x + residual + add;  u = GroupNorm(v) (1 + scale) + shift;  y = dropout(silu(u))
+    v = x + add;  u = GroupNorm(v) (1 + scale) + shift;  y = dropout(silu(u))
 
     Args:
         x: (B, C, *spatial) float.
@@ -250,7 +250,6 @@ def group_norm_act(
         weight, bias: (C,) of the normalisation; both or neither.
         scale, shift: (B, C) per sample, or None (adaptive normalisation, "AdaGN").
         add: (B, C), added to x over all positions first (a time embedding), or None.
-        residual: like x, added to x first, or None.
         silu: apply SiLU.
         dropout: rate of dropout after the activation, with `robustdm.random.dropout_mask`.
         key: (3,) int64, needed with dropout.
@@ -258,7 +257,8 @@ def group_norm_act(
         tiny: added to the variance.
 
     Returns:
-        y and v, shaped like x and in its dtype; v is rounded before it is normalised.
+        y, shaped like x and in its dtype, to which v is rounded before it is normalised. In a group
+        of one value the variance is 0, so that u is bias (1 + scale) + shift, as on every backend.
 
     Source: Wu & He 2018; Nichol & Dhariwal 2021 (scale and shift); Ramachandran et al. 2017 (SiLU).
     """
@@ -267,14 +267,10 @@ def group_norm_act(
     def spread(values: Tensor) -> Tensor:
         return values.to(work).view(*values.shape, *[1] * (x.ndim - 2))
 
-    v = x.to(work)
-    if residual is not None:
-        v = v + residual.to(work)
-    if add is not None:
-        v = v + spread(add)
-    v = v.to(x.dtype)
+    v = _sum(x, add).to(work)
     wide_or_none = (None if p is None else p.to(work) for p in (weight, bias))
-    u = F.group_norm(normalisable(v.to(work), weight), groups, *wide_or_none, tiny)
+    # Torch's function of that name refuses groups of one value, and this one computes no other way.
+    u = torch.group_norm(normalisable(v, weight), groups, *wide_or_none, tiny)
     if scale is not None:
         u = u * (1 + spread(scale)) + spread(shift)
     if silu:
@@ -282,43 +278,51 @@ def group_norm_act(
     if dropout:
         mask = random.dropout_mask(key, tuple(x.shape), layer, dropout)
         u = torch.where(mask, u / (1 - dropout), 0.0)
-    return u.to(x.dtype), v
+    return u.to(x.dtype)
+
+
+def _sum(x: Tensor, add: Tensor | None) -> Tensor:
+    """x + add, rounded to the dtype of x."""
+    if add is None:
+        return x
+    work = wide(x.dtype)
+    return (x.to(work) + add.to(work).view(*add.shape, *[1] * (x.ndim - 2))).to(x.dtype)
 
 
 def group_norm_act_forward(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, add: Tensor | None, residual: Tensor | None, silu: bool, dropout: float,
-    key: Tensor | None, layer: int, tiny: float,
+    shift: Tensor | None, add: Tensor | None, silu: bool, dropout: float, key: Tensor | None,
+    layer: int, tiny: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`group_norm_act` with what its gradient needs: y, v, mean and rstd (B, groups).
+    """`group_norm_act` with what its gradient needs: y, keep, mean and rstd (B, groups).
 
-    v is empty without ``residual``: the gradient then adds ``add`` to x again.
+    keep, uint8, holds dropout's mask where a backend stores it. This one draws it again: empty.
     """
-    y, v = group_norm_act(
-        x, groups, weight, bias, scale, shift, add, residual, silu, dropout, key, layer, tiny
+    y = group_norm_act(
+        x, groups, weight, bias, scale, shift, add, silu, dropout, key, layer, tiny
     )
     size = math.prod(x.shape[1:]) // groups
-    grouped = v.to(wide(x.dtype)).reshape(len(x), groups, size)
+    grouped = _sum(x, add).to(wide(x.dtype)).reshape(len(x), groups, size)
     variance, mean = torch.var_mean(grouped, -1, correction=0)
-    return y, x.new_empty(0) if residual is None else v, mean, (variance + tiny).rsqrt()
+    return y, x.new_empty(0, dtype=torch.uint8), mean, (variance + tiny).rsqrt()
 
 
 def group_norm_act_backward(
-    dy: Tensor, v: Tensor, mean: Tensor, rstd: Tensor, groups: int, weight: Tensor | None,
-    bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, add: Tensor | None,
-    silu: bool, dropout: float, key: Tensor | None, layer: int, dv: Tensor | None, need_sums: bool,
+    dy: Tensor, x: Tensor, keep: Tensor, mean: Tensor, rstd: Tensor, groups: int,
+    weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    add: Tensor | None, silu: bool, dropout: float, key: Tensor | None, layer: int,
+    need_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `group_norm_act_forward`, and the sums that its parameters' gradients come from.
 
     With xhat = (v - mean) rstd, weights w = weight (1 + scale) and du the gradient with respect to
     u, and m1, m2 the means over a group of w du and of w du xhat::
 
-        dx = rstd (w du - m1 - xhat m2) + dv
+        dx = rstd (w du - m1 - xhat m2)
 
     Args:
         dy: like x, gradient with respect to y.
-        v: what was normalised, or x where ``add`` is given again.
-        dv: like x, gradient with respect to the output v, or None.
+        keep, mean, rstd: from the forward.
         need_sums: also compute the sums; the attack needs none.
 
     Returns:
@@ -334,9 +338,7 @@ def group_norm_act_backward(
     def per_channel(values: Tensor) -> Tensor:
         return spread(values.repeat_interleave(channels // groups, 1))
 
-    if add is not None:
-        v = (v.to(work) + spread(add)).to(v.dtype)
-    xhat = (v.to(work) - per_channel(mean)) * per_channel(rstd)
+    xhat = (_sum(x, add).to(work) - per_channel(mean)) * per_channel(rstd)
     w = torch.ones(1, channels, dtype=work, device=dy.device) if weight is None else weight[None]
     gain = spread(w if scale is None else w * (1 + scale.to(work)))
     du = dy.to(work)
@@ -359,8 +361,6 @@ def group_norm_act_backward(
         (weights * s).view(batch, groups, channels // groups).sum(-1) / count for s in (sum1, sum2)
     )
     dx = per_channel(rstd) * (gain * du - per_channel(m1) - xhat * per_channel(m2))
-    if dv is not None:
-        dx = dx + dv.to(work)
     if not need_sums:
         return dx.to(dy.dtype), dy.new_empty(0, dtype=work)
     sums = torch.stack((sum1, sum2, dx.sum(inner) if inner else dx), -1)

@@ -138,19 +138,18 @@ def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
         x = images(shape, dtype)
         w, a = vectors(channels), torch.empty(batch, channels, dtype=dtype, device="meta")
         stats = torch.empty(batch, 32, device="meta")
-        # scale, shift, add, residual; rate of dropout
+        keep = torch.empty(batch, x[0, 0].numel(), channels // 8, dtype=torch.uint8, device="meta")
+        # scale, shift, add; rate of dropout
         for variant, given, rate in (
-            ("plain", (None, None, None, None), 0.0),
-            ("add-dropout", (None, None, a, None), 0.1), ("full", (a, a, a, x), 0.1),
+            ("plain", (None, None, None), 0.0), ("add-dropout", (None, None, a), 0.1),
+            ("full", (a, a, a), 0.1),
         ):
             def forward(x=x, w=w, given=given, rate=rate):
                 module.group_norm_act_forward(x, 32, w, w, *given, True, rate, KEY, 0, 1e-5)
 
-            def backward(x=x, w=w, given=given, rate=rate, stats=stats):
-                scale, shift, add, dv = given
+            def backward(x=x, w=w, given=given, rate=rate, stats=stats, keep=keep):
                 module.group_norm_act_backward(
-                    x, x, stats, stats, 32, w, w, scale, shift, add if dv is None else None, True,
-                    rate, KEY, 0, dv, True,
+                    x, x, keep, stats, stats, 32, w, w, *given, True, rate, KEY, 0, True
                 )
 
             yield f"{name}-forward-{variant}", default and variant == "full", forward
