@@ -246,8 +246,19 @@ def _kept(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _write_y(y, keep, centred, w, b, start, offset, mask, key, stream, threshold, inv_keep, sample,
-             row, channel, exists, HW: tl.constexpr, C: tl.constexpr, SILU: tl.constexpr,
+def _draw(keep, key, stream, threshold, sample, row, channel, exists, HW: tl.constexpr,
+          C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile's bytes, stored; None without dropout."""
+    bits = None
+    if key is not None:
+        bits = _bits(key, stream, threshold, sample, row, channel, HW, C, ROWS, COLS)
+        at, found = _place_bits(sample, row, channel, exists, HW, C, ROWS, COLS)
+        tl.store(keep + at, bits.to(tl.uint8), found)
+    return bits
+
+
+@triton.jit
+def _write_y(y, bits, centred, w, b, start, offset, mask, inv_keep, SILU: tl.constexpr,
              ROWS: tl.constexpr, COLS: tl.constexpr):
     """y of a tile, from v - mean."""
     survive = 1 / inv_keep
@@ -257,10 +268,7 @@ def _write_y(y, keep, centred, w, b, start, offset, mask, key, stream, threshold
         u = -z * _inverse(tl.exp2(z), _LOG2E * survive)
     else:
         u = centred * (w * inv_keep)[None, :] + (b * inv_keep)[None, :]
-    if key is not None:
-        bits = _bits(key, stream, threshold, sample, row, channel, HW, C, ROWS, COLS)
-        at, found = _place_bits(sample, row, channel, exists, HW, C, ROWS, COLS)
-        tl.store(keep + at, bits.to(tl.uint8), found)
+    if bits is not None:
         u = tl.where(_kept(bits, ROWS, COLS), u, 0.0)
     tl.store(y + start + offset, u.to(y.dtype.element_ty), mask)
 
@@ -280,6 +288,8 @@ def _resident_forward_kernel(
     slab = tl.program_id(0) % SLABS
     channel, exists, group, group_exists, member = _channels(slab, C, GROUPS, SLAB, COLS, GP)
     start, offset, mask = _place(sample, 0, channel, exists, HW, C, ROWS)
+    # Before v, so that the generator's registers are free when v takes them.
+    bits = _draw(keep, key, stream, threshold, sample, 0, channel, exists, HW, C, ROWS, COLS)
     v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
     mean = _group_sum(tl.sum(tl.where(mask, v, 0.0), 0), member) / COUNT
     centred = tl.where(mask, v - _spread(mean, member)[None, :], 0.0)
@@ -287,8 +297,8 @@ def _resident_forward_kernel(
     tl.store(mean_out + sample * GROUPS + group, mean, group_exists)
     tl.store(rstd_out + sample * GROUPS + group, rstd, group_exists)
     w, b = _affine(weight, bias, scale, shift, sample, channel, exists, C)
-    _write_y(y, keep, centred, w * _spread(rstd, member), b, start, offset, mask, key, stream,
-             threshold, inv_keep, sample, 0, channel, exists, HW, C, SILU, ROWS, COLS)
+    _write_y(y, bits, centred, w * _spread(rstd, member), b, start, offset, mask, inv_keep, SILU,
+             ROWS, COLS)
 
 
 @triton.jit
@@ -326,8 +336,8 @@ def _apply(x, add, y, keep, sample, begin, channel, exists, mean, w, b, key, str
         row = begin + step
         start, offset, mask = _place(sample, row, channel, exists, HW, C, ROWS)
         v = _load_v(x, add, sample, channel, exists, start, offset, mask, C)
-        _write_y(y, keep, v - mean[None, :], w, b, start, offset, mask, key, stream, threshold,
-                 inv_keep, sample, row, channel, exists, HW, C, SILU, ROWS, COLS)
+        bits = _draw(keep, key, stream, threshold, sample, row, channel, exists, HW, C, ROWS, COLS)
+        _write_y(y, bits, v - mean[None, :], w, b, start, offset, mask, inv_keep, SILU, ROWS, COLS)
 
 
 @triton.jit
@@ -485,9 +495,9 @@ def _backward_kernel(
 
 
 @triton.jit
-def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b, keep, inv_keep, HW:
-                   tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU: tl.constexpr, ROWS:
-                   tl.constexpr, COLS: tl.constexpr):
+def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b, keep, inv_keep,
+                   HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU: tl.constexpr,
+                   ROWS: tl.constexpr, COLS: tl.constexpr):
     """Sums of du and du xhat over positions begin to begin + LENGTH, per channel."""
     sum_du = tl.zeros([ROWS, COLS], tl.float32)
     sum_du_centred = tl.zeros([ROWS, COLS], tl.float32)
@@ -504,8 +514,8 @@ def _gradient_sums(dy, x, add, sample, begin, channel, exists, mean, rstd, w, b,
 
 @triton.jit
 def _apply_gradient(dy, x, add, dx_out, sample, begin, channel, exists, mean, w, b, a, q, keep,
-                    inv_keep, HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, SILU:
-                    tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+                    inv_keep, HW: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr,
+                    SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dx of positions begin to begin + LENGTH, and its sum per channel."""
     # Without v - mean, a thread holds fewer constants per channel.
     b -= mean * w

@@ -306,8 +306,8 @@ def group_norm_act_forward(
         parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
         _call(
             "group_norm_act_forward", x.data_ptr(), DTYPES[x.dtype], *_norm_shape(x, groups),
-            *map(_address, parameters), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), silu, dropout, _address(key), layer, tiny,
-            *_team(x.numel()),
+            *map(_address, parameters), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+            silu, dropout, _address(key), layer, tiny, *_team(x.numel()),
         )
     return y, x.new_empty(0, dtype=torch.uint8), mean, rstd
 

@@ -16,6 +16,7 @@ triton   robustdm.kernels      CUDA; CPU tensors under TRITON_INTERPRET=1, for t
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -576,7 +577,7 @@ _group_norm_act = _registered(_run_group_norm_act)
 def _(x, weight, bias, scale, shift, add, key, groups, silu, dropout, layer, tiny, backend):
     size = (0,)  # C++ and the reference draw the mask again
     if dropout and resolve("group_norm_act", backend, x.device, x.dtype) == "triton":
-        size = (x.shape[0], math.prod(x.shape[2:]), (x.shape[1] + 7) // 8) if x.numel() else (0,)
+        size = (x.shape[0], math.prod(x.shape[2:]), (x.shape[1] + 7) // 8)
     keep = x.new_empty(size, dtype=torch.uint8)
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=wide(x.dtype)) for _ in range(2))
     return torch.empty_like(x), keep, mean, rstd

@@ -143,11 +143,13 @@ def test_dropout_outside_of_an_objective_is_torchs():
 
 
 def test_padding_the_image_channels_changes_no_number(monkeypatch):
-    """Where the first convolution is padded, it sees eight channels and computes the same."""
+    """Where the first and last convolutions are padded, each has eight and computes the same."""
     from robustdm.models.fuse import PaddedConv2d
 
     model, (x, t) = robustdm.fuse(network()).double(), inputs()
-    assert type(model.conv_in) is PaddedConv2d and model.conv_in.in_channels % 8
+    for conv in (model.conv_in, model.conv_out):
+        assert type(conv) is PaddedConv2d
+    assert model.conv_in.in_channels % 8 and model.conv_out.out_channels % 8
 
     def results():
         image = x.clone().requires_grad_()
@@ -160,12 +162,53 @@ def test_padding_the_image_channels_changes_no_number(monkeypatch):
     original = PaddedConv2d._conv_forward
     monkeypatch.setattr(PaddedConv2d, "wants_eight", lambda self, x: True)
     monkeypatch.setattr(PaddedConv2d, "_conv_forward", lambda self, x, *rest: (
-        seen.append(x.shape[1]), original(self, x, *rest))[1])
+        seen.append((x.shape[1], len(rest[0]))), original(self, x, *rest))[1])
     for a, b in zip(results(), plain, strict=True):
         assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-    assert seen == [8]
+    assert seen == [(8, 8), (8, 8)]
+    monkeypatch.setattr(PaddedConv2d, "pad", False)
+    for a, b in zip(results(), plain, strict=True):
+        assert torch.equal(a, b)
+    assert seen[2:] == [(3, 8), (8, 3)]
     robustdm.unfuse(model)
-    assert type(model.conv_in) is nn.Conv2d
+    assert type(model.conv_in) is type(model.conv_out) is nn.Conv2d
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_the_bias_into_the_norm_changes_no_gradient(kind, monkeypatch):
+    from robustdm.models.fuse import FusedResnetBlock2D
+
+    model, (x, t) = network(kind).double(), inputs()
+    monkeypatch.setattr(FusedResnetBlock2D, "on_gpu", lambda self, x: True)
+    fused, biases = robustdm.fuse(copy.deepcopy(model)), []
+    original = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: (
+        biases.append(bias), original(self, x, weight, bias))[1])
+
+    def results(net):
+        biases.clear()
+        image = x.clone().requires_grad_()
+        out = net(image, t).sample
+        names, weights = zip(*net.named_parameters(), strict=True)
+        grads = torch.autograd.grad((out * out).sum(), [image, *weights])
+        return dict(zip(("out", "image", *names), (out, *grads), strict=True))
+
+    wanted = results(model)
+    assert None not in biases
+    blocks = [m for m in fused.modules() if isinstance(m, FusedResnetBlock2D)]
+    for block in blocks:
+        assert block.conv1.bias.abs().sum() > 0
+    found = results(fused)
+    assert sum(bias is None for bias in biases) == len(blocks) > 3
+    for name, value in found.items():
+        assert relative_error(value, wanted[name]) < 1e-9 or wanted[name].norm() < 1e-9, name
+    hook = blocks[0].conv1.register_forward_hook(lambda *_: None)  # one that watches sees it all
+    results(fused)
+    assert sum(bias is None for bias in biases) == len(blocks) - 1
+    hook.remove()
+    monkeypatch.setattr(FusedResnetBlock2D, "fold_bias", False)
+    results(fused)
+    assert None not in biases
 
 
 def test_conditional_networks():

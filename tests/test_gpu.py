@@ -78,21 +78,18 @@ def loss(adversarial=True, stored=True, **options):
 def group_norm(full, dropout=0.0):
     def run(*, shape, dtype, work, layout, device, backend):
         batch, channels = shape[:2]
-        x, residual, cotangent = (noisy(shape, dtype, n, sliced=False).to(work).to(device)
-                                  for n in range(3))
+        x, cotangent = (noisy(shape, dtype, n, sliced=False).to(work).to(device)
+                        for n in (0, 2))
         vectors = {name: noisy((batch, channels), dtype, n).to(work).to(device)
                    for n, name in enumerate(("scale", "shift", "add"), 3)}
         weight, bias = (noisy((channels,), dtype, n).to(work).to(device) for n in (6, 7))
         named = dict(weight=weight, bias=bias)
         if full:
-            named |= vectors | {"residual": residual}
+            named |= vectors
         leaves = [v.requires_grad_() for v in (x, *named.values())]
-        out = ops.group_norm_act(x, 32 if channels % 32 == 0 else 4, **named, dropout=dropout,
-                                 key=torch.tensor([1, 2, 3], device=device), backend=backend)
-        y, *v = out if full else (out,)
-        # v, too, takes part, or not: the gradient's two forms.
-        grads = torch.autograd.grad([y, *v], leaves, [cotangent] * (1 + len(v)))
-        return y, *v, *grads
+        y = ops.group_norm_act(x, 32 if channels % 32 == 0 else 4, **named, dropout=dropout,
+                               key=torch.tensor([1, 2, 3], device=device), backend=backend)
+        return y, *torch.autograd.grad(y, leaves, cotangent)
     return run
 
 

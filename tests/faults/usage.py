@@ -421,7 +421,7 @@ OPS = {
         **_vectors("radius", "lambda_t"), key=_key()),
     "group_norm_act": lambda: dict(
         x=_batch(), groups=4, weight=torch.rand(8), bias=torch.rand(8), scale=torch.rand(4, 8),
-        shift=torch.rand(4, 8), add=torch.rand(4, 8), residual=_batch(), key=_key()),
+        shift=torch.rand(4, 8), add=torch.rand(4, 8), key=_key()),
     "adamw_ema": lambda: dict(
         params=[_batch()], grads=[_batch()], exp_avgs=[_batch()], exp_avg_sqs=[_batch()],
         averages=[_batch()], copies=[_batch().bfloat16()],
