@@ -1,6 +1,7 @@
 """Copies between host and device that do not wait, and the device's errors."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,3 +45,16 @@ def normalisable(x: Tensor, weight: Tensor | None) -> Tensor:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that an allocation failed, on the GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Let cuDNN time its convolutions at their first call, on a GPU; then the caller's setting
+    counts again. Shapes never change in training and in `fast_network`. Speed unmeasured."""
+    before = torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 
 from robustdm import native
+from robustdm.device import cudnn_benchmark as benchmarked
 from robustdm.errors import UsageError
 from robustdm.host import fastest_threads, threads_are_given
 from robustdm.network import predict_noise
@@ -33,6 +34,7 @@ def fast_network(
     cuda_graph: bool | None = None,
     device: torch.device | str | None = None,
     differentiable: bool = False,
+    cudnn_benchmark: bool = True,
 ) -> FastNetwork:
     """A copy of a network that predicts the same, faster; the model itself stays as it is.
 
@@ -49,6 +51,8 @@ def fast_network(
         device: where to compute; by default where the model's parameters are.
         differentiable: let gradients flow to x where the caller's grad mode asks for them, as
             attacks need it (never to the weights). Without CUDA graphs.
+        cudnn_benchmark: on a GPU, let cuDNN time its algorithms for each convolution at the first
+            call of each shape; torch's own setting is as before when a call returns.
 
     Returns:
         network(x, t) -> prediction, float32 and shaped like x, without gradient unless
@@ -96,7 +100,7 @@ def fast_network(
             p.data = p.data.to(_DTYPES[precision])
     graph = on_gpu and not differentiable if cuda_graph is None else cuda_graph
     return FastNetwork(network, device, _DTYPES[precision], not as_it_is, compile, graph, off,
-                       differentiable)
+                       differentiable, cudnn_benchmark)
 
 
 class FastNetwork(nn.Module):
@@ -110,6 +114,7 @@ class FastNetwork(nn.Module):
     def __init__(
         self, network: nn.Module, device: torch.device, dtype: torch.dtype, channels_last: bool,
         compile: bool, cuda_graph: bool, off: dict[str, str], differentiable: bool = False,
+        cudnn_benchmark: bool = True,
     ):
         super().__init__()
         self.network = network
@@ -117,7 +122,7 @@ class FastNetwork(nn.Module):
         self.off = off
         self._dtype, self._channels_last = dtype, channels_last
         self._compile, self._graph = compile, cuda_graph
-        self._differentiable = differentiable
+        self._differentiable, self._benchmark = differentiable, cudnn_benchmark
         self._calls: dict[tuple[int, ...], _FixedSize] = {}
         self.training = False
 
@@ -126,7 +131,10 @@ class FastNetwork(nn.Module):
 
         A batch larger than any before is prepared for first.
         """
-        with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
+        with (
+            torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()),
+            benchmarked(self.device, self._benchmark),
+        ):
             if not self._fixed:
                 return self._predict(x, t)
             shape = tuple(x.shape[1:])
@@ -162,6 +170,10 @@ class FastNetwork(nn.Module):
         """
         if not self._fixed:
             return
+        with benchmarked(self.device, self._benchmark):
+            self._prepare(batch_size, shape)
+
+    def _prepare(self, batch_size: int, shape: tuple[int, ...]) -> None:
         call = _FixedSize(self._predict, batch_size, shape, self._dtype, self.device)
         if self._compile:
             # Past its limit dynamo would run eagerly without a word.

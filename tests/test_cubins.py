@@ -62,6 +62,23 @@ def test_group_norm_kernels(tmp_path):
     check(rows, ["group_norm_act"], [90], ["bf16"])
 
 
+# Instructions per element, above which the kernels wait for these rather than for memory.
+LIMITS = {"forward-plain": 18, "forward-add-dropout": 38, "backward-plain": 40,
+          "backward-add-dropout": 50}
+
+
+def test_instructions_of_the_group_norm_kernels(tmp_path):
+    rows = compiled(tmp_path, "--slow", "--only",
+                    *[f"group_norm_act/128x32x32-{case}" for case in LIMITS], "--dtype", "bf16")
+    check(rows, ["group_norm_act"], [80, 90, 100], ["bf16"])
+    found = {r["case"].split("/")[1].removeprefix("128x32x32-"): r["instr"] for r in rows
+             if r["arch"] == 90}
+    assert set(found) == set(LIMITS)
+    if None in found.values():
+        pytest.skip("no cuobjdump, neither on the path nor in triton: nothing can be counted")
+    assert all(found[case] <= limit for case, limit in LIMITS.items()), found
+
+
 @pytest.mark.slow
 def test_all_kernels_for_all_gpus(tmp_path):
     check(compiled(tmp_path, "--slow"), (*ELEMENTWISE, "group_norm_act"), (80, 90, 100),

@@ -188,7 +188,7 @@ def test_statistics_are_those_of_the_rounded_sum(path):
     """Else the backward, which sees the rounded v, would use the statistics of something else."""
     tensors, options = arguments((2, 24, 3, 3), ("add",), torch.float16)
     mean = forward(tensors, options, 6)[2]
-    rounded = (tensors["x"] + tensors["add"].half()[..., None, None]).double()
+    rounded = (tensors["x"].float() + tensors["add"][..., None, None]).half().double()
     assert error(mean, rounded.reshape(2, 6, -1).mean(-1)) < 1e-6
 
 

@@ -467,9 +467,9 @@ def test_group_norm_act_of_a_large_mean(variant):
     tensors, options = group_norm.arguments(shape, ("affine", "silu"), torch.float32)
     tensors["x"] += 1000
     dy = group_norm.images(shape, torch.float32, 4)
-    wanted_y, _, wanted = group_norm.oracle(tensors, options, 3, dy)
+    wanted_y, wanted = group_norm.oracle(tensors, options, 3, dy)
     y, *saved = group_norm.forward(native, tensors, options, 3)
-    dx, _ = group_norm.backward(native, tensors, options, 3, saved, dy, None)
+    dx, _ = group_norm.backward(native, tensors, options, 3, saved, dy)
     assert group_norm.error(y, wanted_y) < 1e-4 and group_norm.error(dx, wanted["x"]) < 3e-4
 
 
@@ -497,7 +497,7 @@ def test_group_norm_act_of_extreme_values(variant):
 def test_group_norm_act_of_nothing(shape):
     tensors, options = group_norm.arguments(shape, group_norm.ALL, torch.float32)
     y, *saved = group_norm.forward(native, tensors, options, 2)
-    dx, _ = group_norm.backward(native, tensors, options, 2, saved, tensors["x"], None)
+    dx, _ = group_norm.backward(native, tensors, options, 2, saved, tensors["x"])
     assert y.shape == dx.shape == shape
 
 
@@ -526,7 +526,7 @@ def test_the_number_of_threads_changes_no_bit(op, monkeypatch):
             tensors, options = group_norm.arguments(shape, group_norm.ALL, torch.float32)
             out, *saved = group_norm.forward(native, tensors, options, 8)
             dy = group_norm.images(shape, torch.float32, 4)
-            return [out, *saved, *group_norm.backward(native, tensors, options, 8, saved, dy, dy)]
+            return [out, *saved, *group_norm.backward(native, tensors, options, 8, saved, dy)]
         state = optimizer_state([(40_000,), (3,), (20_000,)])
         native.adamw_ema(*state.values(), *scalars(), *OPTIONS)
         return sum(state.values(), [])
@@ -766,3 +766,13 @@ def test_the_cuda_source_compiles_without_spills(architecture, tmp_path):
     spills = [line for line in done.stderr.splitlines() if "spill" in line]
     assert len(spills) == 4 and all("0 bytes spill stores" in line for line in spills)
     print(done.stderr)
+
+
+@needs_library
+@pytest.mark.parametrize("rate", [2.5 / 65536, 3.5 / 65536])
+def test_dropout_thresholds_between_two_integers_are_rounded_as_the_reference_s(variant, rate):
+    """To even: 2 and 4. One value in 65,536 decides, hence many."""
+    shape, key = (4, 64, 64, 64), torch.tensor([5, 6, 7])
+    tensors, options = group_norm.arguments(shape, ("dropout",), torch.float32)
+    y = group_norm.forward(native, tensors, options | {"dropout": rate, "key": key}, 2)[0]
+    assert torch.equal(y != 0, random.dropout_mask(key, shape, options["layer"], rate))

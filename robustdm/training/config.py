@@ -205,6 +205,8 @@ class TrainConfig:
     back to eager."""
     cuda_graph: bool = True
     """With --compile on a GPU: replay the step, optimizer included, as one CUDA graph."""
+    cudnn_benchmark: bool = True
+    """On a GPU: let cuDNN time its algorithms for each convolution and keep the fastest."""
     seed: int = 0
     """Decides weights, data order, noise and dropout."""
     device: str = "auto"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustdm import ops, random, sharded
 from robustdm.data import Data, load_data
-from robustdm.device import to_device, to_host
+from robustdm.device import cudnn_benchmark, to_device, to_host
 from robustdm.distributed import ALONE, Ranks, bits, whole
 from robustdm.dropout import unfused_dropout
 from robustdm.errors import RunError, UsageError
@@ -226,7 +226,8 @@ class Trainer:
         for regularised in kinds:
             # The scale is a constant of what is compiled: that of training.
             scale = len(piece) / (len(x0) * self.ranks.size)
-            self._piece(piece, self._key(PROBE_STEP), 0, regularised, scale)
+            with cudnn_benchmark(self.device, self.config.cudnn_benchmark):
+                self._piece(piece, self._key(PROBE_STEP), 0, regularised, scale)
 
     def choose_threads(self) -> int:
         """Set the number of threads that this process computes with; changes no weights.
@@ -280,7 +281,9 @@ class Trainer:
         self.lr = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.prepare(self.lr, self.step)
         run = self._update if self._graph is None else self._graph
-        run(self._laid_out(x0), self._key(self.step), self.objective.regularises(self.step))
+        regularised = self.objective.regularises(self.step)
+        with cudnn_benchmark(self.device, self.config.cudnn_benchmark):
+            run(self._laid_out(x0), self._key(self.step), regularised)
         for ema in self.emas[1:]:  # the optimizer updates the first
             ema.update(self.step)
         self.step += 1
