@@ -30,8 +30,10 @@ def check(rows, modules, architectures, dtypes):
     assert {r["arch"] for r in rows} == set(architectures)
     spilling = [r for r in rows if r["spills"]]
     assert not spilling, spilling
-    # Four programs of four warps each fit a multiprocessor's 65,536 registers.
-    assert all(r["registers"] <= 168 for r in rows)
+    # Three programs of four warps each fit a multiprocessor's 65,536 registers, or one of eight:
+    # on sm_80, the compiler gives the resident forward with dropout up to 182.
+    wide = [r for r in rows if r["registers"] > (184 if r["warps"] == 8 else 168)]
+    assert not wide, wide
 
 
 # What training launches. Only one kind of GPU and one dtype get all cases; the rest with --slow.
