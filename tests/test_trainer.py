@@ -354,3 +354,22 @@ def test_a_closed_window_is_that_of_its_steps_whenever_it_is_read():
     train(two, 3)
     assert read() == wanted and wanted["step"] == 2
     assert two.window()["step"] == 5
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnn_times_its_algorithms_during_a_step_and_the_callers_setting_stays(wanted):
+    trainer, seen = Trainer(images(cudnn_benchmark=wanted)), []
+    trainer._update = lambda *_: seen.append(torch.backends.cudnn.benchmark)
+    x0 = torch.zeros(2, *trainer.data.shape)
+    before = torch.backends.cudnn.benchmark
+    try:
+        for device, setting in (("cpu", not wanted), ("cuda", not wanted)):
+            torch.backends.cudnn.benchmark = setting
+            trainer._laid_out, trainer._key = (lambda x: x), (lambda step: None)
+            trainer.optimizer.prepare = lambda *_: None
+            trainer.device = torch.device(device)
+            trainer.train_step(x0)
+            assert torch.backends.cudnn.benchmark is setting
+    finally:
+        torch.backends.cudnn.benchmark = before
+    assert seen == [not wanted, wanted]
