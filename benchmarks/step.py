@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from robustdm.data.images import ImageTensor
 from robustdm.errors import RunError, UsageError
 from robustdm.host import keep_freed_memory
 from robustdm.models import build_model
-from robustdm.models.fuse import unfuse
+from robustdm.models.fuse import FusedResnetBlock2D, PaddedConv2d, unfuse
 from robustdm.objectives import Objective
 from robustdm.resident import ResidentBatch
 from robustdm.schedule import NoiseSchedule
@@ -79,6 +80,8 @@ class Options:
     optimizer: bool = False
     compile: bool = False
     graph: bool = False
+    attention: str = "auto"
+    without: str = ""  # a default that is switched off: one of TOGGLES, or SEARCH
     # Fields of TrainConfig: an approximation.
     fields: tuple[tuple[str, float | str], ...] = ()
 
@@ -96,13 +99,18 @@ class Options:
         """The options that decide the trainer: a CUDA graph only wraps a step."""
         return replace(self, graph=False)
 
+    @property
+    def searches(self) -> bool:
+        """Whether cuDNN times its algorithms; torch's default is not to."""
+        return not self.paper and self.without != SEARCH
+
 
 @dataclass(frozen=True)
 class Row:
     """A line of the table.
 
     Attributes:
-        section: "ladder", "leave one out" or "approximations".
+        section: "ladder", "variants", "leave one out" or "approximations".
         objectives: those that it is timed for.
     """
 
@@ -119,8 +127,33 @@ NAMES = {
 }
 
 
+SEARCH = "cudnn.benchmark"
+
+
+def _unpad(network: torch.nn.Module) -> None:
+    for module in network.modules():
+        if type(module) is PaddedConv2d and module.out_channels % 8:
+            module.__class__ = torch.nn.Conv2d
+
+
+class _OtherConv2d(torch.nn.Conv2d):
+    """A convolution whose bias is left where it is: only plain ones are folded."""
+
+
+def _unfold(network: torch.nn.Module) -> None:
+    for module in network.modules():
+        if type(module) is FusedResnetBlock2D:
+            module.conv1.__class__ = _OtherConv2d
+
+
+# What a variant changes in the fused network.
+TOGGLES: dict[str, Callable[[torch.nn.Module], None]] = {
+    "padded conv_out": _unpad, "folded conv1 bias": _unfold,
+}
+
+
 def rows(device: str) -> list[Row]:
-    """The ladder, then single steps of it left out, then approximations.
+    """The ladder, then variants of its last row, single steps left out, and approximations.
 
     On a CPU what is compiled is the last row of the ladder alone: a compilation takes a minute, and
     the other rows are compared without.
@@ -137,10 +170,18 @@ def rows(device: str) -> list[Row]:
         made.append(Row("ladder", f"+ {NAMES[name]}", options))
         if gpu or name != "compile":
             last = options
+    adversarial = ("robust_adv",)
+    made.append(Row("variants", "xformers", replace(last, attention="xformers"), adversarial))
+    if gpu:
+        made.append(Row("variants", "xformers, not compiled",
+                        replace(last, attention="xformers", compile=False, graph=False),
+                        adversarial))
+    for name in (SEARCH, *TOGGLES) if gpu else ("folded conv1 bias",):
+        made.append(Row("variants", f"no {name}", replace(last, without=name), adversarial))
     both = ("ddpm", "robust_adv")
     for name in climbed:
-        # Nothing but memory that was kept before can be left out of a process.
-        if getattr(last, name) and name not in ("tf32", "allocator"):
+        # Kept memory can't be left out of a process; the row without a graph is in the ladder.
+        if getattr(last, name) and name not in ("tf32", "allocator", "graph"):
             made.append(Row("leave one out", f"all but {NAMES[name]}",
                             replace(last, **{name: False}), both))
     for fields in (dict(reg_fraction=0.5), dict(reg_fraction=0.25), dict(reg_every=4),
@@ -164,7 +205,7 @@ def groups(chosen: list[Row], gpu: bool) -> list[list[Row]]:
     first = [r for r in ladder if r.name in (PAPER, REFERENCE)] + compiled[::-1]
     parts = [first, [r for r in ladder if r not in first],
              *([r for r in chosen if r.section == section]
-               for section in ("leave one out", "approximations"))]
+               for section in ("variants", "leave one out", "approximations"))]
     parts = [part for part in parts if part]
     return parts if gpu else [[row for part in parts for row in part]]
 
@@ -178,6 +219,8 @@ class Ladder(Trainer):
         if not options.norms:
             for network in (self.model, self.network, *(e.model for e in self.emas)):
                 unfuse(network)
+        if options.without in TOGGLES:
+            TOGGLES[options.without](self.network)
         if not options.channels_last:
             for network in (self.model, self.network, *(e.model for e in self.emas)):
                 network.to(memory_format=torch.contiguous_format)
@@ -234,7 +277,7 @@ class Task:
         return TrainConfig.from_dict({
             **fields, "batch_size": self.batch, "accumulate": 1, "holdout": 0.0,
             "precision": options.precision, "device": self.device, "objective": "robust_adv",
-            "warmup_steps": 0, **given,
+            "warmup_steps": 0, "attention": options.attention, **given,
         })
 
     def data(self, config: TrainConfig) -> ImageTensor:
@@ -276,8 +319,8 @@ class Bench:
             model = build_model(config, shape).to(self.task.device)
             self.built[options, name] = paper_loop.PaperLoop(model, name, config.lr)
             return {"status": "ok", "parameters": sum(p.numel() for p in model.parameters())}
-        self._tf32(options)
         trainer = self._trainer(options.weights)
+        self._settings(options)  # a trainer has settings of its own
         trainer.use(name)
         if name in trainer.compiled:  # and checked: this row only wraps that step
             found = {k: v for k, v in trainer.compiled[name].items() if k != "compile_s"}
@@ -320,7 +363,8 @@ class Bench:
         if self.task.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _tf32(self, options: Options) -> None:
+    def _settings(self, options: Options) -> None:
+        torch.backends.cudnn.benchmark = options.searches
         torch.backends.cudnn.allow_tf32 = options.tf32 or options.defaults
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
 
@@ -345,7 +389,7 @@ class Bench:
             return {"error": 0.0, "agreement": 1.0}
         if name not in self.reference:
             self._exact(name)
-            self._tf32(options)
+            self._settings(options)
         found = {"error": _error(self._gradient(trainer), self.reference[name][0])}
         delta, wanted = self._delta(trainer), self.reference[name][1]
         if delta is not None and wanted is not None:
@@ -360,9 +404,9 @@ class Bench:
     def _exact(self, name: str) -> None:
         """The reference of a process that does not time it."""
         options = Options()
-        self._tf32(options)
         config = self.task.config(options)
         trainer = Ladder(config, self.task.data(config), options)
+        self._settings(options)
         trainer.use(name)
         self._check(trainer, options, name)
 
@@ -380,7 +424,7 @@ class Bench:
 
     def time(self, options: Options, name: str, steps: int) -> dict:
         """Milliseconds of a step, from ``steps`` of them; joules on a GPU."""
-        self._tf32(options)
+        self._settings(options)
         run = self._stepper(options, name)
         before = self.sensors.read().get("joules")
         self._wait()
@@ -399,7 +443,7 @@ class Bench:
         graph's pool included. Call it before the row's first step."""
         if self.task.device != "cuda":
             return {}
-        self._tf32(options)
+        self._settings(options)
         run = self._stepper(options, name)
         before = self._allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -445,9 +489,9 @@ class Bench:
         """Losses of ``steps`` adversarial steps, of a row and of float32 with the same masks."""
         curves = []
         for each in (Options(norms=True), options):
-            self._tf32(each)
             config = self.task.config(each)
             trainer = Ladder(config, self.task.data(config), each)
+            self._settings(each)
             trainer.use("robust_adv")
             if each.compile:
                 trainer.gradient_step.compile()
@@ -464,7 +508,7 @@ class Bench:
     def feeding(self, options: Options, steps: int) -> dict:
         """Ratio of the time of a step fed by the training stream to that with a batch at hand: of
         medians over ``steps`` each, in random order."""
-        self._tf32(options)
+        self._settings(options)
         trainer = self.built[options, "robust_adv"]
         trainer.use("robust_adv", options.graph)
         fixed, times = self._batch(trainer), {"stream": [], "fixed": []}
@@ -498,7 +542,18 @@ def serve(pipe, *arguments) -> None:
             pipe.send(("ok", getattr(bench, name)(*args)))
         except Exception as error:
             text = str(error).strip().splitlines() or [""]
-            pipe.send(("error", f"{type(error).__name__}: {text[0][:200]}"))
+            status = "error" if _gpu_answers() else "fatal"
+            pipe.send((status, f"{type(error).__name__}: {text[0][:200]}"))
+
+
+def _gpu_answers() -> bool:
+    """Whether this process can go on: an illegal access, say, ends its use of a GPU for good."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
 
 
 @dataclass
@@ -508,11 +563,13 @@ class Worker:
     task: Task
     keep: bool
     process: object = field(init=False)
+    starts: int = field(init=False, default=0)
 
     def __post_init__(self):
         self._start()
 
     def _start(self) -> None:
+        self.starts += 1
         context = get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(
@@ -528,7 +585,11 @@ class Worker:
             code = self.process.exitcode
             self._start()
             raise RunError(f"its process ended with exit code {code}, killed for memory?") from None
-        if status == "error":
+        if status == "fatal":
+            self.process.terminate()
+            self.process.join(20)
+            self._start()
+        if status != "ok":
             raise RunError(answer)
         return answer
 
@@ -587,8 +648,16 @@ def run(
     seconds = 60 * (config.minutes or MINUTES[device.type])
     task, chosen = make_task(config, device), select(config, device)
     gpu = device.type == "cuda"
-    # Freed memory is kept for good: rows without that have a process of their own.
-    workers = {keep: Worker(task, keep) for keep in ([False] if gpu else [False, True])}
+    # Freed memory is kept for good, and so are the algorithms that cuDNN has once found, searched
+    # for or not: rows with and without have a process each, started when it's needed.
+    workers: dict[bool, Worker] = {}
+
+    def worker_of(options: Options) -> Worker:
+        kind = not options.searches if gpu else options.allocator
+        if kind not in workers:
+            workers[kind] = Worker(task, kind and not gpu)
+        return workers[kind]
+
     record = {"schema": SCHEMA, **head, "model": task.model, "batch": task.batch,
               "tiny": task.tiny, "rows": [], "failed": []}
     places = {(row.section, row.name): i for i, row in enumerate(chosen)}
@@ -611,30 +680,30 @@ def run(
             return None
 
     try:
-        record["flops"] = attempt("flops", workers[False])
+        record["flops"] = attempt("flops", worker_of(Options()))
         parts = groups(chosen, gpu)
         for number, part in enumerate(parts, 1):
             end = begin + seconds * number / len(parts)
             timed = []
             for row in part:
-                worker = workers[row.options.allocator and not gpu]
+                worker = worker_of(row.options)
                 for name in sorted(row.objectives, key=BY_VALUE.index):
                     late = time.perf_counter() > begin + COMPILING * (end - begin)
                     entry, shown = _build(row, name, worker, config, late, begin)
                     record["rows"].append(entry)
                     keep_record()
                     if entry["status"] == "ok":
-                        timed.append((entry, worker, row.options, shown))
+                        timed.append((entry, worker, row.options, shown, worker.starts))
             before = {keep: attempt("recompiled", w) for keep, w in workers.items()}
             for _ in _time(timed, config, end):
                 keep_record()
             for keep, worker in workers.items():
                 after = attempt("recompiled", worker)
-                for entry, other, options, _ in timed:
+                for entry, other, options, *_ in timed:
                     if other is worker and options.compile and None not in (after, before[keep]):
                         entry["recompiles"] = after - before[keep]
             if number == 1:
-                _train(record, timed, workers, config, task, attempt, begin)
+                _train(record, timed, config, task, attempt, begin)
             keep_record()
             if number < len(parts):
                 for worker in workers.values():
@@ -658,6 +727,8 @@ def _build(
     if row.options.compile and (late or not config.compile):
         return entry | {"status": "off", "reason": "no time left to compile"
                         if late else "--no-compile"}, shown
+    if missing := _missing(row.options, worker.task.device):
+        return entry | {"status": "off", "reason": missing}, shown
     try:
         entry |= worker("build", row.options, shown)
         entry |= worker("memory", row.options, shown)
@@ -666,9 +737,18 @@ def _build(
     return entry, shown
 
 
-def _train(record, timed, workers, config, task: Task, attempt, begin: float) -> None:
+def _missing(options: Options, device: str) -> str | None:
+    """Why a row cannot run here."""
+    if options.attention != "xformers":
+        return None
+    if device != "cuda":
+        return "xformers needs a GPU"
+    return None if find_spec("xformers") else "xformers is not installed"
+
+
+def _train(record, timed, config, task: Task, attempt, begin: float) -> None:
     """Compare the fastest exact row's losses, and its feeding, with what they should be."""
-    fastest = [(e, w, o) for e, w, o, n in timed if n == "robust_adv" and not o.fields
+    fastest = [(e, w, o) for e, w, o, n, _ in timed if n == "robust_adv" and not o.fields
                and not o.paper and "ms" in e]
     if not fastest or config.steps == 0:
         return
@@ -691,8 +771,12 @@ def _time(timed: list[tuple], config, end: float) -> Iterator[None]:
     samples: dict[int, list[dict]] = {}
 
     def call(i: int, steps: int) -> dict | None:
-        entry, worker, options, name = timed[i]
+        entry, worker, options, name, start = timed[i]
+        if worker.starts != start and "ms" in entry:  # it has a median of earlier rounds
+            return None
         try:
+            if worker.starts != start:
+                raise RunError("its process ended while another row was timed")
             return worker("time", options, name, steps)
         except RunError as error:
             entry.update(status="FAILED", reason=str(error))
@@ -701,7 +785,7 @@ def _time(timed: list[tuple], config, end: float) -> Iterator[None]:
             return None
 
     counts = {}
-    for i, (entry, _, options, name) in enumerate(timed):  # two, of which the first warms up
+    for i, (entry, _, options, name, _) in enumerate(timed):  # two, of which the first warms up
         print(f"warming up {entry['name']}, {name}", flush=True)
         if call(i, 4 if options.graph else 1) is None or (once := call(i, 1)) is None:
             continue
