@@ -52,6 +52,10 @@ def cases(device: torch.device, tiny: bool = False) -> list[Case]:
         for backward in (False, True):
             found.append(_norm(shape, dtype, 0 if first else 1 if shape[-1] > 8 else 2, backward,
                                uses))
+            if shape == min(shapes, key=lambda s: (s != (128, 128, 32, 32), s)):
+                # The norm before conv1, and the one of networks that scale and shift (AdaGN).
+                found += [_norm(shape, dtype, 0, backward, uses, rate=0.0, name="no dropout"),
+                          _norm(shape, dtype, 1, backward, uses, adaptive=True, name="AdaGN")]
     return found
 
 
@@ -83,15 +87,29 @@ def norm_shapes(preset: str) -> dict[tuple[int, int, int], int]:
 # group_norm_act
 
 
-def _block(x, add, weight, bias, key):
+def _block(x, add, weight, bias, key, rate=RATE):
     v = x + add[:, :, None, None]
-    return F.dropout(F.silu(F.group_norm(v, GROUPS, weight, bias, TINY_NORM)), RATE)
+    return F.dropout(F.silu(F.group_norm(v, GROUPS, weight, bias, TINY_NORM)), rate)
 
 
-def _norm(shape, dtype, priority, backward: bool, uses: str) -> Case:
+def _adaptive_block(x, add, weight, bias, key, rate=RATE):
+    """AdaGN: ``add`` holds the scale and, behind it, the shift."""
+    scale, shift = add[:, :, None, None].chunk(2, dim=1)
+    u = F.group_norm(x, GROUPS, weight, bias, TINY_NORM) * (1 + scale) + shift
+    return F.dropout(F.silu(u), rate)
+
+
+def _norm(
+    shape, dtype, priority, backward: bool, uses: str, rate: float = RATE, adaptive: bool = False,
+    name: str = "",
+) -> Case:
     batch, channels = shape[:2]
     passes = 5 if backward else 2
     variant = "forward+backward" if backward else "forward"
+    variant += f" {name}" * bool(name)
+
+    def block(*inputs):
+        return (_adaptive_block if adaptive else _block)(*inputs, rate)
 
     def around(function, planar: bool = False):
         def call(x, add, weight, bias, key, dy, x_planar, dy_planar):
@@ -110,7 +128,7 @@ def _norm(shape, dtype, priority, backward: bool, uses: str) -> Case:
             torch.randn(shape, device=device).to(dtype).contiguous(
                 memory_format=torch.channels_last) for _ in range(2)
         )
-        add = torch.randn(batch, channels, device=device).to(dtype)
+        add = torch.randn(batch, (1 + adaptive) * channels, device=device).to(dtype)
         weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
         key = torch.tensor([1, 2, 0], device=device)
         planar = [v.contiguous() for v in (x, dy)]
@@ -122,46 +140,54 @@ def _norm(shape, dtype, priority, backward: bool, uses: str) -> Case:
             all providers round it, so that nothing but the op itself is judged."""
             wide = [v.detach().double().requires_grad_(backward) for v in leaves]
             with torch.set_grad_enabled(backward):
-                v = wide[0] + wide[1][:, :, None, None]
-                v = v + (v.detach().to(dtype).double() - v.detach())
-                u = F.silu(F.group_norm(v, GROUPS, *wide[2:], TINY_NORM))
-                y = u * mask / (1 - RATE)
+                if adaptive:
+                    u = _adaptive_block(*wide, key, rate=0.0)
+                else:
+                    v = wide[0] + wide[1][:, :, None, None]
+                    v = v + (v.detach().to(dtype).double() - v.detach())
+                    u = F.silu(F.group_norm(v, GROUPS, *wide[2:], TINY_NORM))
+                y = u * mask / (1 - rate)
                 grads = torch.autograd.grad(y, wide, dy.double()) if backward else ()
             return [y.detach(), *grads]
 
         @cache
         def expected_ours() -> list[Tensor]:
-            return expected(random.dropout_mask(key, shape, 0, RATE))
+            return expected(random.dropout_mask(key, shape, 0, rate))
 
         def own_mask(inputs, got) -> Verdict:
-            kept = got[0] != 0
+            kept = got[0] != 0 if rate else torch.ones_like(got[0], dtype=torch.bool)
             share = kept.float().mean().item()
-            if abs(share - (1 - RATE)) > 0.001 + 5 * (RATE / kept.numel()) ** 0.5:
+            if abs(share - (1 - rate)) > 0.001 + 5 * (rate / kept.numel()) ** 0.5:
                 return Verdict(float("nan"), OTHERS[dtype], f"share kept is {share:.4f}")
             return Verdict(relative_error(got, expected(kept)), OTHERS[dtype],
                            "float64 reference with its own dropout mask")
 
         def call(name):
-            return around(lambda x, add, weight, bias, key: ops.group_norm_act(
-                x, GROUPS, weight, bias, add=add, dropout=RATE, key=key, tiny=TINY_NORM,
-                backend="auto" if name == "torch" else name))
+            def norm(x, add, weight, bias, key):
+                scale, shift = add.chunk(2, dim=1) if adaptive else (None, None)
+                return ops.group_norm_act(
+                    x, GROUPS, weight, bias, add=None if adaptive else add, scale=scale,
+                    shift=shift, dropout=rate, key=key, tiny=TINY_NORM,
+                    backend="auto" if name == "torch" else name)
+
+            return around(norm)
 
         ours, off = our_backends(
             "group_norm_act", device, call, against(expected_ours, OURS[dtype]))
         providers = [
-            *eager_and_compiled(_block, own_mask, around), *ours,
-            Provider("eager nchw", around(_block, planar=True), own_mask),
+            *eager_and_compiled(block, own_mask, around), *ours,
+            Provider("eager nchw", around(block, planar=True), own_mask),
         ]
-        if device.type == "cuda":
+        if device.type == "cuda" and rate and not adaptive:
             made, missing = peers(around, own_mask, channels, device)
             providers += made
             off |= missing
         return Setup((*leaves, key, dy, *planar), providers, off)
 
-    name = f"group_norm_act {variant} {'x'.join(map(str, shape))} {NAMES[dtype]}"
+    title = f"group_norm_act {variant} {'x'.join(map(str, shape))} {NAMES[dtype]}"
     formula = "read x, write y" + ("; read x and dy, write dx" if backward else "")
     return Case(
-        "group_norm_act", name, passes * torch.Size(shape).numel() * dtype.itemsize,
+        "group_norm_act", title, passes * torch.Size(shape).numel() * dtype.itemsize,
         f"{formula}: {passes} x {dtype.itemsize} B an element", dtype, build, priority, uses,
     )
 

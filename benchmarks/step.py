@@ -724,11 +724,11 @@ def _build(
              "fields": dict(row.options.fields)}
     shown = dict(row.options.fields).get("objective", name)
     print(f"[{time.perf_counter() - begin:4.0f} s] {row.name}, {shown}", flush=True)
+    if missing := _missing(row.options, worker.task.device):
+        return entry | {"status": "off", "reason": missing}, shown
     if row.options.compile and (late or not config.compile):
         return entry | {"status": "off", "reason": "no time left to compile"
                         if late else "--no-compile"}, shown
-    if missing := _missing(row.options, worker.task.device):
-        return entry | {"status": "off", "reason": missing}, shown
     try:
         entry |= worker("build", row.options, shown)
         entry |= worker("memory", row.options, shown)

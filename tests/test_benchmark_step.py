@@ -157,6 +157,148 @@ def test_the_suite_end_to_end(tmp_path, capsys):
     assert "paper's loop" in capsys.readouterr().out
 
 
+class Local:
+    """A `step.Worker` without a process; calls for which ``broken`` is true raise."""
+
+    starts = 1
+
+    def __init__(self, task, keep):
+        self.task, self.bench = task, step.Bench(task, False, torch.get_num_threads())
+
+    def broken(self, name, args):
+        return False
+
+    def __call__(self, name, *args):
+        if self.broken(name, args):
+            raise step.RunError("RuntimeError: no CUDA graph")
+        return getattr(self.bench, name)(*args)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("call", ["build", "memory", "time"])
+def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path, capsys, call):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    monkeypatch.setattr(step, "Worker", Local)
+    monkeypatch.setattr(Local, "broken", lambda self, name, args: (
+        name == call and args[0].elementwise and args[1] == "robust_adv"))
+    out, states = tmp_path / "step.json", []
+    write = run.write_json
+    monkeypatch.setattr(run, "write_json", lambda path, record: (
+        states.append(len(record["rows"])), write(path, record)))
+    assert run.main(["--suite", "step", "--tiny", "--no-compile", "--only", "+ elementwise",
+                     "--repeats", "1", "--steps", "0", "--out", str(out)]) == 1
+    rows = {(r["name"], r["objective"]): r for r in json.loads(out.read_text())["rows"]}
+    failed = rows.pop(("+ elementwise ops", "robust_adv"))
+    assert failed["status"] == "FAILED" and "no CUDA graph" in failed["reason"]
+    assert "ms" not in failed and len(rows) == 8
+    assert all(r["status"] == "ok" and r["ms"] > 0 for r in rows.values())
+    assert set(range(1, 10)) <= set(states)  # written after every row
+    assert "no CUDA graph" in capsys.readouterr().out
+
+
+def test_a_run_that_measured_nothing_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    monkeypatch.setattr(step, "Worker", Local)
+    monkeypatch.setattr(Local, "broken", lambda self, name, args: name == "build")
+    out = tmp_path / "step.json"
+    assert run.main(["--suite", "step", "--tiny", "--only", "x", "--out", str(out)]) == 1
+    assert "nothing was measured" in step.failures(json.loads(out.read_text()))
+
+
+def test_a_process_that_dies_costs_no_measured_row(monkeypatch):
+    """Its later rounds are lost, its median is not; rows without a median are FAILED."""
+    class Dying:
+        starts, calls = 1, 0
+
+        def __call__(self, what, options, name, steps):
+            self.calls += 1
+            if name == "robust_ran":
+                self.starts += 1
+                raise step.RunError("its process ended with exit code -9")
+            return {"ms": 2.0}
+
+    entries = [{"name": "a", "status": "ok", "ms": 1.0}, {"name": "b", "status": "ok"},
+               {"name": "c", "status": "ok"}]
+    worker = Dying()
+    timed = [(e, worker, step.Options(), n, 1)
+             for e, n in zip(entries, ("ddpm", "robust_ran", "robust_adv"), strict=True)]
+    config = run.BenchmarkConfig("step", tiny=True, repeats=3)
+    for _ in step._time(timed, config, 0.0):
+        pass
+    assert entries[0] == {"name": "a", "status": "ok", "ms": 1.0}
+    assert [e["status"] for e in entries[1:]] == ["FAILED"] * 2
+    assert "exit code -9" in entries[1]["reason"] and "another row" in entries[2]["reason"]
+
+
+def test_the_headline_comes_first_and_shares_what_is_compiled(monkeypatch):
+    """Of the rows of a GPU: a graph wraps the step that the row below it has compiled."""
+    parts = step.groups(step.rows("cuda"), gpu=True)
+    assert [row.name for row in parts[0]] == [
+        step.PAPER, step.REFERENCE, "+ CUDA graph", "+ whole step compiled"]
+    assert step.BY_VALUE[0] == "robust_adv"
+    assert sum(map(len, parts)) == len(step.rows("cuda"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    bench = step.Bench(step.Task("tiny", 2, "cpu", tiny=True), False, torch.get_num_threads())
+    compiled = []
+    monkeypatch.setattr(bench, "_compile", lambda trainer, options, found: compiled.append(options))
+    monkeypatch.setattr(bench, "_check", lambda trainer, options, name: {"error": 0.0})
+    monkeypatch.setattr(step.Ladder, "use_cuda_graph",
+                        lambda self, warn: setattr(self, "_graph", object()))
+    counts = []
+    for part in parts:
+        for row in part:
+            if row.options.compile and row.options.attention == "auto":
+                for name in row.objectives:
+                    bench.build(row.options, dict(row.options.fields).get("objective", name))
+        bench.drop()
+        counts.append(len(compiled))
+    assert counts[0] == 3  # for six entries
+    assert len(compiled) == 3 + 3 + 10 + 5
+
+
+def test_limits_and_settings_of_tf32(monkeypatch):
+    """TF32 moves robust_adv's gradient by 7e-3; the paper's loop runs as torch is by default."""
+    rows = {r.name: r.options for r in step.rows("cuda")}
+    for name in ("+ TF32", "+ channels-last"):
+        assert rows[name].limits == (2e-2, 0.995)
+    assert rows[step.REFERENCE].limits == (1e-3, 0.999)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    bench = step.Bench(step.Task("tiny", 2, "cpu", tiny=True), False, torch.get_num_threads())
+    places = ((torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32"),
+              (torch.backends.cudnn, "benchmark"))
+    before = [getattr(*place) for place in places]
+    try:
+        for name, wanted in (
+            (step.PAPER, [True, False, False]), (step.STRICT, [False, False, False]),
+            (step.REFERENCE, [False, False, True]), ("+ TF32", [True, True, True]),
+            ("no cudnn.benchmark", [True, True, False]),
+        ):
+            bench._settings(rows[name])
+            assert [getattr(*place) for place in places] == wanted, name
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(*place, value)
+
+
+def test_variants_change_the_network():
+    task = step.Task("tiny", 2, "cpu", tiny=True)
+    for name in step.TOGGLES:
+        kinds = []
+        for options in (step.Options(norms=True), step.Options(norms=True, without=name)):
+            config = task.config(options)
+            network = step.Ladder(config, task.data(config), options).network
+            kinds.append([type(m) for m in network.modules()])
+        assert kinds[0] != kinds[1], name
+
+
+def test_xformers_is_off_where_it_cannot_run():
+    options = step.Options(attention="xformers")
+    assert step._missing(options, "cpu") == "xformers needs a GPU"
+    assert step._missing(step.Options(), "cpu") is None
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "cifr"], "model is 'cifr': choose one of cifar, "),
     (["--batch", "0"], "batch is 0: it must be at least 1"),

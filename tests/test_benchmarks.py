@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
 import elementwise  # noqa: E402
 import evaluation  # noqa: E402
+import measure as measuring  # noqa: E402
 import network  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -108,6 +110,48 @@ def test_a_backend_that_raises_fails_the_run(on, monkeypatch, tmp_path):
     (row,) = (r for r in found["rows"] if r["provider"] == "cpp")
     assert row["status"] == "FAILED" and "no such symbol" in row["reason"]
     assert report.failures({"cases": [found]})
+
+
+def test_a_case_that_cannot_be_built_or_timed_costs_no_other(on, monkeypatch, tmp_path):
+    select = run.select
+
+    def broken(device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def two(device, only, tiny):
+        case = select(device, only, tiny)[0]
+        return [replace(case, name="broken", build=broken), case]
+
+    monkeypatch.setattr(run, "select", two)
+    cpu_timer = timing.cpu_timer
+
+    def failing(call, inputs):
+        timer = cpu_timer(call, inputs)
+        if getattr(call, "keywords", {}).get("backend") == "cpp":
+            timer = replace(timer, sample=lambda: broken(None))
+        return timer
+
+    monkeypatch.setattr(measuring, "cpu_timer", failing)
+    out = tmp_path / "record.json"
+    assert run.main([*QUICK, "--only", "noise_perturb 4x3x8x8 fp32", "--out", str(out)]) == 1
+    first, second = json.loads(out.read_text())["cases"]
+    assert [r["status"] for r in first["rows"]] == ["FAILED"]
+    rows = {r["provider"]: r for r in second["rows"]}
+    assert rows["cpp"]["status"] == "FAILED" and "ms" not in rows["cpp"]
+    assert rows["eager"]["ms"] > 0 and rows["torch"]["ms"] > 0
+
+
+def test_sampling_that_fails_while_timed_costs_no_other_provider():
+    def broken(sampler, steps):
+        raise RuntimeError("no memory")
+
+    rows = [{"sampler": "ddim", "status": "ok"} for _ in range(2)]
+    task = sampling.make_task(run.BenchmarkConfig("sampling", tiny=True), CPU)
+    timers = [(rows[0], broken), (rows[1], lambda sampler, steps: None)]
+    for _ in sampling._time(timers, 2, 0.0, task):
+        pass
+    assert rows[0]["status"] == "FAILED" and "no memory" in rows[0]["reason"]
+    assert "ms" not in rows[0] and rows[1]["samples"] == 2
 
 
 def test_every_case_is_right_on_the_cpu():
