@@ -54,11 +54,19 @@ def run(
     extractor = Extractor("resnet56", CifarResNet(1 if few else 9), "random", channels=3,
                           resolution=32, device=device)
     record = {"schema": SCHEMA, **head, "tiny": few, "weights": "random"}
-    record["features"] = _features(extractor, 500 if few else 10_000, device)
-    save(record)
-    record["overlap"] = _overlap(extractor, device, few, config.repeats)
-    save(record)
-    record["memory"] = [_memory(n) for n in ((2000, 6000) if few else (10_000, 100_000))]
+    record |= {"memory": [], "failed": []}
+    stages = {
+        "features": lambda: _features(extractor, 500 if few else 10_000, device),
+        "overlap": lambda: _overlap(extractor, device, few, config.repeats),
+        "memory": lambda: [_memory(n) for n in ((2000, 6000) if few else (10_000, 100_000))],
+    }
+    for name, measured in stages.items():
+        try:
+            record[name] = measured()
+        except Exception as error:  # no memory, say: the others can still be measured
+            text = str(error).strip().splitlines() or [""]
+            record["failed"].append(f"{name}: FAILED {type(error).__name__}: {text[0][:200]}")
+        save(record)
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin
     return record
@@ -121,8 +129,8 @@ def _memory(count: int) -> dict:
 
 def failures(record: dict) -> list[str]:
     """What was wrong."""
-    found = []
-    if not record["overlap"]["same"]:
+    found = list(record.get("failed", []))
+    if "overlap" in record and not record["overlap"]["same"]:
         found.append(f"overlapped features differ by {record['overlap']['error']:.3g}")
     if len({m["held_mib"] for m in record["memory"]}) > 1:
         found.append("the memory of the statistics grows with their number")
@@ -135,12 +143,13 @@ def print_record(record: dict) -> None:
     made = Table(show_edge=False, pad_edge=False)
     for name in ("what", "result"):
         made.add_column(name, no_wrap=True)
-    f, o = record["features"], record["overlap"]
-    verdict = "reached" if f["seconds"] < TARGET_S else "MISSED"
-    made.add_row("ResNet-56 features", f"{f['images']:,} images in {f['seconds']:.1f} s, "
-                 f"{f['img_per_s']:.0f} img/s (target {TARGET_S:.0f} s: {verdict})")
-    made.add_row("sampling, then features", f"{o['after']['ms']:.0f} ms")
-    made.add_row("features beside sampling", f"{o['beside']['ms']:.0f} ms, {o['gain']:.2f}x")
+    if f := record.get("features"):
+        verdict = "reached" if f["seconds"] < TARGET_S else "MISSED"
+        made.add_row("ResNet-56 features", f"{f['images']:,} images in {f['seconds']:.1f} s, "
+                     f"{f['img_per_s']:.0f} img/s (target {TARGET_S:.0f} s: {verdict})")
+    if o := record.get("overlap"):
+        made.add_row("sampling, then features", f"{o['after']['ms']:.0f} ms")
+        made.add_row("features beside sampling", f"{o['beside']['ms']:.0f} ms, {o['gain']:.2f}x")
     for m in record["memory"]:
         made.add_row(f"statistics of {m['features']:,}", f"{m['held_mib']:.0f} MiB, features "
                      f"themselves {m['kept_would_be_mib']:,.0f} MiB")

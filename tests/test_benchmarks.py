@@ -284,6 +284,19 @@ def test_the_record_of_evaluation(tmp_path, capsys, monkeypatch):
         run.main(["--suite", "evaluation", "--model", "tiny"])
 
 
+def test_a_stage_of_evaluation_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(evaluation, "_overlap", broken)
+    out = tmp_path / "record.json"
+    assert run.main(["--suite", "evaluation", "--tiny", "--repeats", "1", "--out", str(out)]) == 1
+    record = json.loads(out.read_text())
+    assert record["failed"] == ["overlap: FAILED RuntimeError: no memory"]
+    assert record["features"]["img_per_s"] > 0 and len(record["memory"]) == 2
+    assert "no memory" in capsys.readouterr().out
+
+
 def test_the_record_of_scaling(tmp_path, capsys):
     out = tmp_path / "record.json"
     small = ["--suite", "scaling", "--tiny", "--repeats", "1", "--minutes", "0.001"]
