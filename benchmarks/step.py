@@ -276,6 +276,7 @@ class Task:
         given.pop("objective", None)
         return TrainConfig.from_dict({
             **fields, "batch_size": self.batch, "accumulate": 1, "holdout": 0.0,
+            "cudnn_benchmark": options.searches,
             "precision": options.precision, "device": self.device, "objective": "robust_adv",
             "warmup_steps": 0, "attention": options.attention, **given,
         })

@@ -86,7 +86,6 @@ class FusedResnetBlock2D(ResnetBlock2D):
             x = self.conv_shortcut(x)
         return (x + h) / self.output_scale_factor
 
-
     def folds_bias(self, x: Tensor) -> bool:
         """Whether the norm behind the first convolution adds its bias: on a GPU, where the addition
         and its gradient are passes over the activations of their own. Speed unmeasured."""
