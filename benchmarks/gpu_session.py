@@ -49,7 +49,9 @@ PREDICTED = {
         "share of a copy's bandwidth, forward": {"predicted": 0.79, "target": None},
         "share of a copy's bandwidth, forward and backward": {"predicted": 0.5, "target": None},
     },
-    "sampling": {"diffusers' compiled pipeline, as a graph, over ours": {"predicted": 2.0, "target": ">= 2"}},
+    "sampling": {
+        "diffusers' compiled pipeline, as a graph, over ours": {"predicted": 2.0, "target": ">= 2"},
+    },
 }
 
 
