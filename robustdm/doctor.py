@@ -25,7 +25,7 @@ from robustdm.cli import guard
 if TYPE_CHECKING:
     import torch
 
-TESTED_TORCH = ((2, 11), (2, 14))
+TESTED_TORCH = ((2, 11), (2, 13))
 """Oldest and newest release of torch that the tests have passed on."""
 # name on screen -> (module, distribution, how to get it)
 OPTIONAL = {
