@@ -9,7 +9,6 @@ Rows are interleaved; medians are shown. Run it on an idle machine: it makes its
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from run import cpu_model  # noqa: E402
 
 from robustdm.training.rundir import provenance  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(module: str, *flags: object, threads: str) -> None:
@@ -85,8 +85,10 @@ def main() -> None:
     record = {
         "schema": "robustdm-busy-1", "rows": rows, "load_before": load_before,
         "samples": {" ".join(key): values for key, values in found.items()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
-        "steps": options.steps, "provenance": provenance(),
+        "cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__,
+        "steps": options.steps,
+        "provenance": {**provenance(), "command": f"python benchmarks/busy.py --steps "
+                       f"{options.steps} --repeats {options.repeats}"},
     }
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
