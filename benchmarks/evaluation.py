@@ -20,6 +20,7 @@ from timing import spread
 
 from robustdm.evaluation import Generator, extract, features_of, generate
 from robustdm.features import CifarResNet, Extractor
+from robustdm.host import keep_freed_memory
 from robustdm.metrics import FeatureStatistics
 from robustdm.models import build_model
 from robustdm.schedule import NoiseSchedule
@@ -49,6 +50,7 @@ def run(
         The record, JSON-able.
     """
     begin = time.perf_counter()
+    keep_freed_memory()
     torch.manual_seed(0)
     few = config.tiny
     extractor = Extractor("resnet56", CifarResNet(1 if few else 9), "random", channels=3,

@@ -26,6 +26,7 @@ from torch._dynamo import config as dynamo
 from torch._inductor.utils import fresh_cache
 
 from robustdm.errors import RunError, UsageError
+from robustdm.host import keep_freed_memory
 from robustdm.inference import fast_network
 from robustdm.models import build_model
 from robustdm.sampling import sample, stream_noise, timesteps
@@ -277,6 +278,7 @@ def run(
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # it explains what .to(bfloat16) may do
+    keep_freed_memory()  # for diffusers as for us
     begin = time.perf_counter()
     seconds = 60 * (config.minutes or MINUTES[device.type])
     found, task = select(config, device), make_task(config, device)

@@ -8,6 +8,7 @@ uses one copy over and over.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -193,15 +194,16 @@ class Sensors:
         }
         values = {}
         for name, reader in readers.items():
-            try:
+            # Virtual machines hide some of them, and older packages lack some functions.
+            with contextlib.suppress(n.NVMLError, AttributeError):
                 values[name] = reader()
-            except n.NVMLError:  # virtual machines hide some of them
-                continue
         return values
 
     def driver(self) -> str | None:
         """Version of the driver."""
-        try:
-            return None if self.why_off else self._nvml.nvmlSystemGetDriverVersion()
-        except self._nvml.NVMLError:
+        if self.why_off:
             return None
+        with contextlib.suppress(self._nvml.NVMLError, AttributeError):
+            found = self._nvml.nvmlSystemGetDriverVersion()
+            return found.decode() if isinstance(found, bytes) else found  # bytes until version 12
+        return None
