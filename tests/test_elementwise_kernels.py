@@ -111,8 +111,8 @@ def _residual_kernel(v, product, out):
 
 @cache
 def fma_rounds_once() -> bool:
-    """Whether this Triton's `tl.fma` does: the interpreter of 3.6 rounds the product as well, and
-    so are compiled kernels not."""
+    """Whether this Triton's `tl.fma` does: the interpreter of 3.6 rounds the product as well.
+    Compiled kernels round once."""
     v = torch.tensor([1 + 2.0**-12], device=DEVICE)
     out = torch.zeros(1, device=DEVICE)
     _residual_kernel[(1,)](v, v * v, out)

@@ -109,18 +109,41 @@ def test_predictions_stand_beside_what_was_measured():
         assert all(v["measured"] is None for v in gpu_session.judged(name, {}).values())
 
 
+def test_a_variant_does_not_stand_beside_the_prediction_of_another():
+    cases = [{"op": "group_norm_act", "priority": 0, "name": f"group_norm_act {name}",
+              "rows": [{"provider": "triton", "of_copy": value, "vs_compile": value}]}
+             for name, value in (("forward+backward 1 bf16", 0.4), ("forward+backward no dropout 1 "
+                                 "bf16", 0.8), ("forward+backward AdaGN 1 bf16", 0.9))]
+    found = gpu_session.judged("kernels", {"kernels.json": {"cases": cases}})
+    assert {v["measured"] for v in found.values()} == {0.4, None}
+
+
+def test_a_stage_that_printed_garbage_is_no_success(tmp_path, monkeypatch, capsys):
+    broken = gpu_session.Stage("broken", 0, 5, (sys.executable, "-c", "print('{')"), json=True)
+    monkeypatch.setattr(gpu_session, "stages", lambda *arguments: [broken, harmless(1)])
+    for only, code in (("stage 1", 0), ("", 1)):
+        monkeypatch.setattr(sys, "argv", ["x", "A", "--out", str(tmp_path), "--only", only])
+        assert gpu_session.main() == code
+    monkeypatch.setattr(sys, "argv", ["x", "A", "--out", str(tmp_path), "--only", "typo"])
+    with pytest.raises(SystemExit) as refused:
+        gpu_session.main()
+    assert refused.value.code == 2 and "--only is 'typo'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("replayed, wanted", [(True, "+ CUDA graph"), (False, "whole step comp")])
 def test_part_b_avoids_graphs_that_part_a_saw_fail(tmp_path, replayed, wanted):
     record = {"stages": [{"name": "graph smoke", "json": {"replayed": replayed}}]}
     graph = gpu_session.works(record)
-    made = gpu_session.stages("B", tmp_path, tmp_path, graph, rehearse=False)
+    made = gpu_session.stages("B", tmp_path, tmp_path, tmp_path, graph, rehearse=False)
     assert wanted in " ".join(made[1].command)
-    assert not gpu_session.works(None) and not gpu_session.works({"stages": [{}]})
+    # On a machine whose folder is empty in each call, B knows nothing of A: it tries the graph.
+    assert gpu_session.works(None) and gpu_session.works({"stages": [{}]})
+    assert not gpu_session.works({"stages": [{"name": "graph smoke", "json": None}]})
 
 
 @pytest.mark.parametrize("part", ["A", "B"])
 def test_a_call_fits_into_its_time(tmp_path, part):
-    made = gpu_session.stages(part, tmp_path, tmp_path, True, rehearse=False)
+    made = gpu_session.stages(part, tmp_path, tmp_path, tmp_path, True, rehearse=False)
     assert all(s.least < s.most for s in made)
     assert sum(s.least for s in made) < gpu_session.SECONDS[part] - gpu_session.MARGIN
 
@@ -143,7 +166,6 @@ def test_the_rehearsal(tmp_path, part, names):
     record = json.loads((tmp_path / f"session-{part}.json").read_text())
     assert [s["name"] for s in record["stages"]] == names
     bad = [(s["name"], s.get("reason"), s.get("tail")) for s in record["stages"] if s["rc"] != 0]
-    # Two steps of a tiny network may leave float32's losses; the row itself must be right.
     assert not bad and done.returncode == 0, bad
     assert len(list(tmp_path.iterdir())) <= 8
     files = {k: v for s in record["stages"] for k, v in s.get("files", {}).items()}
