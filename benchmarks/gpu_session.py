@@ -110,7 +110,7 @@ def stages(
                                      *tests), {"NVIDIA_TF32_OVERRIDE": "0"}),
             Stage("step, eager", 40, 90, bench(
                 "step", *(() if rehearse else ("--model", "cifar")), "--no-compile", "--steps", "0",
-                "--repeats", "1" if rehearse else "4", "--minutes", "0.9", "--only", "adamw_ema",
+                "--repeats", "1" if rehearse else "4", "--minutes", "0.9", "--only", "+ adamw_ema",
                 file="step-eager.json"), reads=(out / "step-eager.json",)),
         ]
     wanted = "+ CUDA graph" if graph else "whole step compiled"
@@ -128,8 +128,8 @@ def stages(
               keeps={run / "samples" / "final.png": "grid.png"}),
         Stage("step, compiled and graph", 80, 190, bench(
             "step", *(() if rehearse else ("--model", "cifar")), "--steps",
-            "1" if rehearse else "20", "--repeats", "1" if rehearse else "4", "--minutes", "2.8",
-            "--only", "adamw_ema" if rehearse else wanted,
+            "0" if rehearse else "20", "--repeats", "1" if rehearse else "4", "--minutes", "2.8",
+            "--only", "+ adamw_ema" if rehearse else wanted,
             *(("--no-compile",) if rehearse else ()), file="step-graph.json"),
             reads=(out / "step-graph.json",)),
         Stage("kernels", 40, 80, bench(
@@ -160,9 +160,9 @@ def printed_json(text: str) -> object:
     return None
 
 
-def run_stage(stage: Stage, left: float, out: Path) -> tuple[dict, str]:
+def run_stage(stage: Stage, left: float, out: Path, threads: int = 1) -> tuple[dict, str]:
     """Run a stage for at most ``left`` seconds: its entry in the record, and what it printed."""
-    given = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **stage.environment}
+    given = {"OMP_NUM_THREADS": str(threads), **stage.environment}
     entry: dict = {"name": stage.name, "command": shlex.join(_relative(stage.command)),
                    "environment": given, "left_s": round(left, 1)}
     if left < stage.least:
@@ -273,7 +273,9 @@ def write(path: Path, record: dict) -> None:
     new.replace(path)
 
 
-def session(part: str, chosen: list[Stage], out: Path, seconds: float, begun: float) -> dict:
+def session(
+    part: str, chosen: list[Stage], out: Path, seconds: float, begun: float, threads: int = 1
+) -> dict:
     """Run stages, and write the record after each; returns it.
 
     A SIGTERM ends the running stage and leaves out the others.
@@ -294,7 +296,7 @@ def session(part: str, chosen: list[Stage], out: Path, seconds: float, begun: fl
             left = seconds - MARGIN - (time.monotonic() - begun)
             text = ""
             try:
-                entry, text = run_stage(stage, left, out)
+                entry, text = run_stage(stage, left, out, threads)
             except KeyboardInterrupt:
                 entry = {"name": stage.name, "rc": None, "reason": "the session was ended"}
                 raise
@@ -353,7 +355,7 @@ def main() -> int:
                          f"{', '.join(s.name for s in made)}")
         try:
             record = session(options.part, chosen, out, options.seconds or SECONDS[options.part],
-                             begun)
+                             begun, 1 if options.rehearse else 4)
         except KeyboardInterrupt:
             print(f"ended early; {out / f'session-{options.part}.json'} holds what was measured")
             return 130

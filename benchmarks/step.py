@@ -489,7 +489,7 @@ class Bench:
     def overlay(self, options: Options, steps: int) -> dict:
         """Losses of ``steps`` adversarial steps, of a row and of float32 with the same masks."""
         curves = []
-        for each in (Options(norms=True), options):
+        for each in (Options(norms=options.norms), options):
             config = self.task.config(each)
             trainer = Ladder(config, self.task.data(config), each)
             self._settings(each)

@@ -403,7 +403,9 @@ def test_a_provider_that_raises(monkeypatch):
         rows, generate = sampling._checked(provider, task, {}, late=False)
         assert [row["status"] for row in rows] == [status] * 2 and generate is None
         assert all("no memory" in row["reason"] for row in rows)
-        assert bool(sampling.failures({"rows": rows})) == (status == "FAILED")
+        measured = {"sampler": "ddim", "provider": "b", "status": "ok", "ms": 1.0}
+        failed = bool(sampling.failures({"rows": [*rows, measured]}))
+        assert failed == (status == "FAILED") and sampling.failures({"rows": rows})
     monkeypatch.setattr(sampling, "_diffusers", lambda name, **k: sampling.Provider(
         name, broken("no memory")))
     with pytest.raises(RunError, match="no memory"):

@@ -91,8 +91,11 @@ def test_the_diffusers_script_on_two_processes():
     first, second = ranks.run(2, on_rank, fed)
     unet, scheduler = small()
     list(example("diffusers_training").train(unet, scheduler, fed, len(fed)))
-    alone = torch.cat([p.detach().flatten() for p in unet.parameters()]).tolist()
-    assert first == second == pytest.approx(alone, abs=1e-5)
+    alone = torch.cat([p.detach().flatten() for p in unet.parameters()])
+    # AdamW divides a gradient by its own size: where it is near zero, rounding, which differs
+    # between processors, moves a weight by up to a step.
+    difference = (torch.tensor(first) - alone).abs()
+    assert first == second and difference.mean() < 1e-7 and difference.max() < 1e-4
 
 
 def test_the_diffusers_script_on_pictures(tmp_path, capsys):
