@@ -33,8 +33,10 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        # Older releases refuse more than 32 MiB. Where both are refused, the other setting alone
+        # would stop the library from adapting the threshold, which is worse than none.
+        if any(libc.mallopt(mmap_threshold, size) for size in (1 << 30, 32 << 20)):
+            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def thread_choices(limit: int) -> list[int]:
