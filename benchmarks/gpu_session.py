@@ -153,6 +153,15 @@ def read(path: Path) -> object:
     return None
 
 
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def printed_json(text: str) -> object:
     """The JSON object in what a program printed; None if there is none."""
     with contextlib.suppress(ValueError):
@@ -169,6 +178,7 @@ def run_stage(stage: Stage, left: float, out: Path, threads: int = 1) -> tuple[d
         return entry | {"rc": None, "reason": f"left out: {left:.0f} s left of the {stage.least:g} "
                                               "that it takes"}, ""
     begin, text = time.monotonic(), ""
+    before = {path: _state(path) for path in stage.reads}  # an earlier call may have left some
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))), **given}
     try:
@@ -195,7 +205,8 @@ def run_stage(stage: Stage, left: float, out: Path, threads: int = 1) -> tuple[d
         if entry["json"] is None and "reason" not in entry:
             entry["reason"] = "printed no JSON object"
     for path in stage.reads:
-        entry.setdefault("files", {})[path.name] = read(path)
+        entry.setdefault("files", {})[path.name] = (
+            read(path) if _state(path) != before[path] else None)
     for path, name in stage.keeps.items():
         with contextlib.suppress(OSError):
             shutil.copyfile(path, out / name)

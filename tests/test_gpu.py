@@ -109,11 +109,16 @@ SMALL = [pytest.param("cpu", (2, 3, 6, 5)),
          pytest.param("cuda", (2, 3, 6, 5), marks=pytest.mark.gpu)]
 LARGE = [pytest.param("cuda", s, marks=pytest.mark.gpu) for s in
          [(128, 3, 32, 32), (5, 3, 77, 31), (4, 1, 256, 256)]]
+# Nearly every combination is a Triton variant of its own, which takes longer to compile than to
+# run. What an option computes per element is tried at the small shape, in all types; how elements
+# are found, at every shape, with one option. float16 differs from bfloat16 in conversions alone.
+INDEXED = ["draw_samples", "noise_perturb", "noise_perturb_resident", "fgsm_project", "loss",
+           "loss random"]
 
 
-def agree(case, shape, dtype, layout, device, bound):
+def agree(case, shape, dtype, layout, device, bound, exact_on="cpu"):
     out = case(shape=shape, dtype=dtype, work=dtype, layout=layout, device=device, backend="auto")
-    exact = case(shape=shape, dtype=dtype, work=torch.float64, layout=layout, device="cpu",
+    exact = case(shape=shape, dtype=dtype, work=torch.float64, layout=layout, device=exact_on,
                  backend="torch")
     for number, (a, b) in enumerate(zip(out, exact, strict=True)):
         assert a.device.type == device
@@ -124,7 +129,7 @@ def agree(case, shape, dtype, layout, device, bound):
         assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
 
 
-@pytest.mark.parametrize("device, shape", SMALL + LARGE)
+@pytest.mark.parametrize("device, shape", SMALL)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ELEMENTWISE)
@@ -132,17 +137,37 @@ def test_elementwise(name, dtype, layout, device, shape):
     agree(ELEMENTWISE[name], shape, dtype, layout, device, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("device, shape", LARGE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", INDEXED)
+def test_elementwise_of_many_programs(name, dtype, layout, device, shape):
+    agree(ELEMENTWISE[name], shape, dtype, layout, device, 4 * TOLERANCE[dtype])
+
+
+# One shape of each path through the kernels, resident, loop and split, in every type and form.
+PATHS = [(2, 12, 3, 5), (8, 384, 32, 32), (2, 128, 256, 256)]
+
+
 @pytest.mark.parametrize("device, shape", [
-    pytest.param("cpu", (2, 12, 3, 5)),
-    *(pytest.param("cuda", s, marks=pytest.mark.gpu) for s in [
-        (2, 12, 3, 5), (16, 128, 32, 32), (8, 384, 32, 32), (16, 512, 8, 8), (16, 256, 4, 4),
-        (2, 128, 256, 256), (2, 1024, 16, 16), (2, 768, 32, 32), (1, 96, 128, 128)])
-])
+    pytest.param("cpu", PATHS[0]),
+    *(pytest.param("cuda", s, marks=pytest.mark.gpu) for s in PATHS)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("full, dropout", [(False, 0.0), (True, 0.3), (True, 0.0)])
 def test_group_norm_act(full, dropout, dtype, device, shape):
     bound = 1e-5 if dtype == torch.float32 else 8 * TOLERANCE[dtype]
-    agree(group_norm(full, dropout), shape, dtype, torch.channels_last, device, bound)
+    # In float64, with the one thread of a test, the largest would take a CPU longer than all else.
+    agree(group_norm(full, dropout), shape, dtype, torch.channels_last, device, bound, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [
+    (16, 128, 32, 32), (16, 512, 8, 8), (16, 256, 4, 4), (2, 1024, 16, 16), (2, 768, 32, 32),
+    (1, 96, 128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("full, dropout", [(False, 0.0), (True, 0.3)])
+def test_group_norm_act_of_shapes_in_networks(full, dropout, dtype, shape):
+    test_group_norm_act(full, dropout, dtype, "cuda", shape)
 
 
 def optimizer_step(device, steps, call):
@@ -231,19 +256,25 @@ def test_smoke_a_replayed_training_step_trains_as_an_eager_one(device, precision
         assert graph["replayed"] and not graph["warned"] and not eager["replayed"]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_step_has_the_eager_gradient(precision):
-    fields = graph_smoke.SMALL | dict(
-        data="images", layers_per_block=1, dropout=0.1, precision=precision, device="cuda",
-        objective="robust_adv", warmup_steps=0)
-    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    config = TrainConfig.from_dict(fields)
+# On a CPU Inductor takes minutes for a whole step: there the step is traced, and its nodes run.
+@pytest.mark.parametrize("device, precision, backend", [
+    ("cpu", "fp32", "aot_eager"),
+    *(pytest.param("cuda", p, "inductor", marks=pytest.mark.gpu) for p in ("fp32", "bf16"))])
+def test_a_compiled_step_has_the_eager_gradient(device, precision, backend):
+    fields = graph_smoke.SMALLEST if device == "cpu" else graph_smoke.SMALL
+    batch, side = fields["batch_size"], fields["resolution"]
+    config = TrainConfig.from_dict(fields | dict(
+        data="images", layers_per_block=1, dropout=0.1, precision=precision, device=device,
+        objective="robust_adv", warmup_steps=0))
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8, generator=g)
     trainer = Trainer(config, ImageTensor("random", images, None, 0.0, 0))
-    x0 = torch.randn(32, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-    key = torch.zeros(3, dtype=torch.int64, device="cuda")
+    x0 = torch.randn(batch, 3, side, side, generator=g).to(
+        device, memory_format=torch.channels_last)
+    key = torch.zeros(3, dtype=torch.int64, device=device)
     eager = [g.clone() for g in trainer.gradient_step(x0, key).weights]
-    trainer.gradient_step.compile()
+    trainer.gradient_step.compile(backend)
+    assert trainer.gradient_step.compiled
     compiled = trainer.gradient_step(x0, key).weights
     limit = 1e-3 if precision == "fp32" else 0.1
     squared = sum((a - b).double().square().sum() for a, b in zip(compiled, eager, strict=True))

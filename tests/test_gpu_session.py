@@ -66,6 +66,17 @@ def test_what_a_killed_stage_printed_and_started_is_not_left(tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+@pytest.mark.parametrize("code, value", [("raise SystemExit(1)", None), ("write(2)", 2)])
+def test_what_an_earlier_call_measured_is_not_taken_for_this_one(tmp_path, code, value):
+    path = tmp_path / "found.json"
+    path.write_text('{"value": 1}')
+    write = f"write = lambda v: open({str(path)!r}, 'w').write('{{\"value\": %d}}' % v); "
+    stage = gpu_session.Stage("reads", 0, 30, (sys.executable, "-c", write + code), reads=(path,))
+    entry, _ = gpu_session.run_stage(stage, 60.0, tmp_path)
+    assert entry["files"] == {"found.json": value and {"value": value}}, entry["tail"]
+    assert path.exists()
+
+
 def test_late_stages_are_left_out_first(tmp_path):
     slow = gpu_session.Stage("slow", 0, 30, (sys.executable, "-c", "import time; time.sleep(2)"))
     long = gpu_session.Stage("long", 25, 30, ("true",))
