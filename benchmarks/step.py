@@ -61,6 +61,7 @@ PAPER, STRICT, REFERENCE = "paper's loop, fp32", "paper's loop, no TF32", "our l
 # the operands of a convolution to 10 bits: emulated on a CPU, robust_adv's gradient moves by 7e-3.
 LIMITS = {"fp32": (1e-3, 0.999), "tf32": (2e-2, 0.995), "bf16": (0.1, 0.97)}
 OVERLAY_LIMIT = 0.03  # of the loss
+GRAPHS = 64  # that a process may compile of a step: dynamo's 8 are fewer than the rows need
 FEWEST = 3  # rounds, whatever the time
 COMPILING = 0.6  # share of the time after which nothing more is compiled
 
@@ -306,6 +307,7 @@ class Bench:
         # Of its own: a compilation that finds the kernels of an earlier run takes no time.
         self._cache = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
+        torch._dynamo.config.recompile_limit = GRAPHS
         self.task = task
         self.built: dict[tuple[Options, str], object] = {}
         self.trainers: dict[Options, Ladder] = {}
@@ -315,10 +317,11 @@ class Bench:
     def build(self, options: Options, name: str) -> dict:
         """Make a row ready to run, and check it; returns what is known of it."""
         if options.paper:
-            config = self.task.config(options)
+            config, before = self.task.config(options), self._allocated()
             shape = self.task.data(config).shape
             model = build_model(config, shape).to(self.task.device)
-            self.built[options, name] = paper_loop.PaperLoop(model, name, config.lr)
+            made = self.built[options, name] = paper_loop.PaperLoop(model, name, config.lr)
+            made.held = self._allocated() - before
             return {"status": "ok", "parameters": sum(p.numel() for p in model.parameters())}
         trainer = self._trainer(options.weights)
         self._settings(options)  # a trainer has settings of its own
@@ -328,8 +331,12 @@ class Bench:
         else:
             found = {"status": "ok", **self._check(trainer, options, name)}
             if options.compile:
+                try:
+                    self._compile(trainer, options, found)
+                except Exception:
+                    del trainer.steps[name]  # the next row that shares it compiles and checks it
+                    raise
                 trainer.compiled[name] = found
-                self._compile(trainer, options, found)
         self.built[options, name] = trainer
         return dict(found)
 
@@ -451,7 +458,7 @@ class Bench:
         for _ in range(3):  # warm-up, capture, replay
             run()
         self._wait()
-        held = getattr(self.built[options, name], "held", 0)
+        held = self.built[options, name].held
         return {"peak_mib": (held + torch.cuda.max_memory_allocated() - before) / 2**20}
 
     def _stepper(self, options: Options, name: str):
@@ -725,7 +732,7 @@ def _build(
              "fields": dict(row.options.fields)}
     shown = dict(row.options.fields).get("objective", name)
     print(f"[{time.perf_counter() - begin:4.0f} s] {row.name}, {shown}", flush=True)
-    if missing := _missing(row.options, worker.task.device):
+    if missing := _missing(row.options, worker.task):
         return entry | {"status": "off", "reason": missing}, shown
     if row.options.compile and (late or not config.compile):
         return entry | {"status": "off", "reason": "no time left to compile"
@@ -738,11 +745,13 @@ def _build(
     return entry, shown
 
 
-def _missing(options: Options, device: str) -> str | None:
+def _missing(options: Options, task: Task) -> str | None:
     """Why a row cannot run here."""
+    if options.compile and not options.norms and task.config(options).dropout > 0:
+        return "without the GroupNorm ops the passes of a compiled step cannot share dropout masks"
     if options.attention != "xformers":
         return None
-    if device != "cuda":
+    if task.device != "cuda":
         return "xformers needs a GPU"
     return None if find_spec("xformers") else "xformers is not installed"
 

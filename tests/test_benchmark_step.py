@@ -258,6 +258,43 @@ def test_the_headline_comes_first_and_shares_what_is_compiled(monkeypatch):
     assert len(compiled) == 3 + 3 + 10 + 5
 
 
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 2
+    yield step.Bench(step.Task("tiny", 2, "cpu", tiny=True), False, torch.get_num_threads())
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.reset()
+
+
+def test_rows_may_compile_more_graphs_than_dynamo_allows(bench, monkeypatch):
+    """They share a function, and dynamo refuses to compile one more often than its limit."""
+    real, rows = step.GradientStep.compile, {r.name: r for r in step.rows("cuda")}
+    monkeypatch.setattr(step.GradientStep, "compile", lambda self: real(self, "eager"))
+    for name in ("+ whole step compiled", "all but channels-last", "all but bf16 weights"):
+        found = bench.build(rows[name].options, "ddpm")
+        assert found["status"] == "ok" and found["graphs"] == 1, name
+    graphs = sum(2 * len(r.objectives) for r in rows.values() if r.options.compile)
+    assert graphs <= torch._dynamo.config.recompile_limit  # two where reg_every skips a term
+
+
+def test_what_failed_to_compile_is_checked_before_another_row_uses_it(bench, monkeypatch):
+    real, rows = step.GradientStep.compile, {r.name: r.options for r in step.rows("cuda")}
+
+    def no_memory(self):
+        real(self, "eager")
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(step.GradientStep, "compile", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.build(rows["+ CUDA graph"], "robust_adv")
+    monkeypatch.setattr(step.GradientStep, "compile", lambda self: real(self, "eager"))
+    found = bench.build(rows["+ whole step compiled"], "robust_adv")
+    assert found["status"] == "ok" and found["compiled_error"] < 1e-6 and found["graphs"] == 1
+
+
 def test_limits_and_settings_of_tf32(monkeypatch):
     """TF32 moves robust_adv's gradient by 7e-3; the paper's loop runs as torch is by default."""
     rows = {r.name: r.options for r in step.rows("cuda")}
@@ -293,10 +330,19 @@ def test_variants_change_the_network():
         assert kinds[0] != kinds[1], name
 
 
-def test_xformers_is_off_where_it_cannot_run():
-    options = step.Options(attention="xformers")
-    assert step._missing(options, "cpu") == "xformers needs a GPU"
-    assert step._missing(step.Options(), "cpu") is None
+def test_rows_that_cannot_run_are_off(monkeypatch):
+    cpu, gpu = (step.Task("tiny", 2, device, tiny=True) for device in ("cpu", "cuda"))
+    xformers = step.Options(attention="xformers")
+    assert step._missing(xformers, cpu) == "xformers needs a GPU"
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    assert step._missing(xformers, gpu) == "xformers is not installed"
+    for options in (step.Options(), step.Options(norms=True, compile=True)):
+        assert step._missing(options, cpu) is None
+    # Torch draws other masks in every pass; without dropout there is nothing to share.
+    unfused = step.Options(compile=True)
+    assert "cannot share dropout masks" in step._missing(unfused, cpu)
+    monkeypatch.setitem(step.SMALLEST, "dropout", 0.0)
+    assert step._missing(unfused, cpu) is None
 
 
 @pytest.mark.parametrize("arguments, message", [
