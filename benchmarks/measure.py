@@ -87,6 +87,10 @@ def measure(
     begin, before = time.perf_counter(), sensors.read()
     try:
         setup = case.build(device)
+        sets = [setup.inputs]
+        if device.type == "cuda":
+            sets += [tuple(map(duplicate, setup.inputs))
+                     for _ in range(copies_needed(case.nbytes, device) - 1) if setup.inputs]
     except Exception as error:  # out of memory, say: the other cases can still be measured
         setup = Setup((), [], {})
         broken = [{"provider": "inputs", **_broken(None, error)}]
@@ -94,10 +98,6 @@ def measure(
         broken = []
     rows = broken + [{"provider": name, "status": "off", "reason": why}
                      for name, why in setup.off.items()]
-    sets = [setup.inputs]
-    if device.type == "cuda":
-        sets += [tuple(map(duplicate, setup.inputs))
-                 for _ in range(copies_needed(case.nbytes, device) - 1) if setup.inputs]
     timers: list[tuple[dict, str, Timer]] = []
     providers = {provider.name: provider for provider in setup.providers}
     for provider in setup.providers:

@@ -301,11 +301,11 @@ def run(
             # Of its own: a compilation that finds kernels of an earlier one takes no time.
             with fresh_cache() if provider.compiles else nullcontext():
                 rows, generate = _checked(provider, task, references, late)
+            record["rows"] += rows
+            save(record)
             if number == 1 and rows[0]["status"] != "ok":
                 raise RunError("diffusers' eager pipeline, which all are compared with, does not "
                                f"run: {rows[0].get('reason', 'its images are not finite')}")
-            record["rows"] += rows
-            save(record)
             timers += [(row, generate) for row in rows if row["status"] == "ok"]
         print(f"timing, at most {config.repeats} rounds of {len(timers)}", flush=True)
         for _ in _time(timers, config.repeats, begin + seconds, task):

@@ -40,6 +40,7 @@ MINUTES = 4.0
 RANKS = 2
 SIZES = [4**k for k in range(6, 14)]  # bytes, 4 KiB to 64 MiB
 FEWEST = 3  # rounds, whatever the time
+ALL_REDUCE = "all-reduce"
 COMMON = dict(dropout=0.0, holdout=0.0, warmup_steps=0, device="cpu")
 WIDE = dict(preset_values("plane"), mlp_width=1024, mlp_depth=4)
 # Name and configuration; batches are those of a rank. The last two are mostly all-reduce: they have
@@ -55,7 +56,7 @@ TINY = {"MLP, batch 4": dict(WIDE, mlp_width=16, batch_size=4)}
 
 def names(config, device: torch.device) -> list[str]:
     """What ``--list`` prints."""
-    return ["all-reduce", *TASKS]
+    return [ALL_REDUCE, *TASKS]
 
 
 def run(
@@ -66,28 +67,41 @@ def run(
     Args:
         config: a ``BenchmarkConfig``.
         head: what the record begins with.
-        save: called with the record.
+        save: called with the record after the all-reduces, and after every network.
 
     Returns:
-        The record, JSON-able.
-
-    Raises:
-        RunError: if a rank is lost.
+        The record, JSON-able; ``failed`` has a line for each part that raised.
     """
     begin = time.perf_counter()
-    seconds = 60 * (config.minutes or MINUTES)
+    tasks = TINY if config.tiny else TASKS
+    share = 60 * (config.minutes or MINUTES) / (len(tasks) + 1)
     record = {"schema": SCHEMA, **head, "tiny": config.tiny, "ranks": RANKS,
-              "threads_a_rank": 1, "backend": "gloo", **_on_ranks(config, seconds)}
-    sizes = record["all_reduce"]
-    record["fit"] = fit([s["bytes"] for s in sizes], [s["ms"] for s in sizes])
-    for row in record["steps"]:
-        row["fitted_ms"] = record["fit"]["latency_ms"] + (
-            row["bytes"] / record["fit"]["gb_s"] / 1e6)
-        for mode in ("alone", "beside"):
-            row[f"predicted_{mode}"] = row[mode]["ms"] / (row[mode]["ms"] + row["fitted_ms"])
-    record["load_after"] = os.getloadavg()[0]
-    record["seconds"] = time.perf_counter() - begin
+              "threads_a_rank": 1, "backend": "gloo", "all_reduce": [], "steps": [], "failed": []}
+    for name in (ALL_REDUCE, *tasks):
+        try:
+            found = _on_ranks(name, config, share)
+        except RunError as error:
+            record["failed"].append(f"{name}: FAILED {error}")
+        else:
+            if name == ALL_REDUCE:
+                record["all_reduce"] = found
+                record["fit"] = fit([s["bytes"] for s in found], [s["ms"] for s in found])
+            else:
+                record["steps"].append(_predicted(found, record.get("fit")))
+        record["load_after"] = os.getloadavg()[0]
+        record["seconds"] = time.perf_counter() - begin
+        save(record)
     return record
+
+
+def _predicted(row: dict, fitted: dict | None) -> dict:
+    """A network's row with what the all-reduces' fit says of it, if there is one."""
+    if fitted is None:
+        return row
+    ms = fitted["latency_ms"] + row["bytes"] / fitted["gb_s"] / 1e6
+    return {**row, "fitted_ms": ms, **{
+        f"predicted_{mode}": row[mode]["ms"] / (row[mode]["ms"] + ms)
+        for mode in ("alone", "beside")}}
 
 
 def fit(sizes: list[int], ms: list[float]) -> dict[str, float]:
@@ -100,51 +114,59 @@ def fit(sizes: list[int], ms: list[float]) -> dict[str, float]:
             "error": float(np.abs((latency + slope * sizes) / ms - 1).max())}
 
 
-def _on_ranks(config, seconds: float) -> dict:
-    """What `_measure` returns on rank 0, of processes forked for it."""
+def _on_ranks(name: str, config, seconds: float) -> list[dict] | dict:
+    """What `_measure` returns on rank 0, of processes forked for it.
+
+    Raises:
+        RunError: if a rank raises, or ends without a word.
+    """
     context = multiprocessing.get_context("fork")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     ours, theirs = context.Pipe()
-    processes = [context.Process(target=_rank, args=(rank, port, theirs, config, seconds))
+    processes = [context.Process(target=_rank, args=(rank, port, theirs, name, config, seconds))
                  for rank in range(RANKS)]
     for process in processes:
         process.start()
     theirs.close()
     try:
-        return ours.recv()
+        status, answer = ours.recv()
     except EOFError:
-        raise RunError("a rank has ended early: its error stands above") from None
+        raise RunError("a rank has ended early, killed for memory?") from None
     finally:
         for process in processes:
             process.join(10)
             process.kill()
+    if status != "ok":
+        raise RunError(answer)
+    return answer
 
 
-def _rank(rank: int, port: int, end, config, seconds: float) -> None:
+def _rank(rank: int, port: int, end, name: str, config, seconds: float) -> None:
     torch.set_num_threads(1)  # a forked OpenMP has no other
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with join("cpu", 5) as ranks:
-        found = _measure(ranks, config, seconds)
-        if ranks.main:
-            end.send(found)
+        try:
+            found = _measure(ranks, name, config, seconds)
+            if ranks.main:
+                end.send(("ok", found))
+        except Exception as error:  # told before the other rank fails for want of this one
+            text = str(error).strip().splitlines() or [""]
+            end.send(("error", f"{type(error).__name__}: {text[0][:200]}"))
     end.close()
 
 
-def _measure(ranks: Ranks, config, seconds: float) -> dict:
-    sizes = SIZES[:2] if config.tiny else SIZES
-    tasks = TINY if config.tiny else TASKS
-    share = seconds / (len(tasks) + 1)
-    flats = {size: torch.ones(size // 4) for size in sizes}
-    times = _rounds(ranks, config.repeats, share, {
+def _measure(ranks: Ranks, name: str, config, seconds: float) -> list[dict] | dict:
+    if name != ALL_REDUCE:
+        fields = (TINY if config.tiny else TASKS)[name]
+        return _steps(ranks, name, TrainConfig(**fields | COMMON), config.repeats, seconds)
+    flats = {size: torch.ones(size // 4) for size in (SIZES[:2] if config.tiny else SIZES)}
+    times = _rounds(ranks, config.repeats, seconds, {
         size: _repeated(ranks, flat) for size, flat in flats.items()})
-    reduced = [{"bytes": size, **spread(times[size]), "sent": _sent(ranks, flats[size])}
-               for size in sizes]
-    return {"all_reduce": reduced,
-            "steps": [_steps(ranks, name, TrainConfig(**fields | COMMON), config.repeats, share)
-                      for name, fields in tasks.items()]}
+    return [{"bytes": size, **spread(times[size]), "sent": _sent(ranks, flat)}
+            for size, flat in flats.items()]
 
 
 def _repeated(ranks: Ranks, flat: torch.Tensor) -> Callable[[], float]:
@@ -249,8 +271,9 @@ def _counted() -> Iterator[list[int]]:
 
 
 def failures(record: dict) -> list[str]:
-    """What was wrong: a step has one all-reduce, of its gradients, its loss and the wishes."""
-    found = []
+    """What was wrong or raised: a step has one all-reduce, of its gradients, its loss and the
+    wishes."""
+    found = list(record.get("failed", []))
     for row in record["steps"]:
         wanted = 4 * (row["parameters"] + 1 + len(WISHES))
         if row["all_reduces"] != 1 or row["bytes"] != wanted:
@@ -261,9 +284,9 @@ def failures(record: dict) -> list[str]:
 
 def print_record(record: dict) -> None:
     """The numbers, and all that was wrong."""
-    fitted = record["fit"]
-    print(f"all-reduce of {RANKS} ranks: {fitted['latency_ms']:.3g} ms + bytes / "
-          f"{fitted['gb_s']:.3g} GB/s, within {fitted['error']:.0%}")
+    if fitted := record.get("fit"):
+        print(f"all-reduce of {RANKS} ranks: {fitted['latency_ms']:.3g} ms + bytes / "
+              f"{fitted['gb_s']:.3g} GB/s, within {fitted['error']:.0%}")
     print(text_table({f"{size['bytes']:,} B": {
         "ms": size["ms"], "p20": size["p20"], "p80": size["p80"],
         "sent / bytes": size["sent"] and size["sent"] / size["bytes"],
@@ -271,9 +294,9 @@ def print_record(record: dict) -> None:
     print(text_table({row["name"]: {
         "MB": row["bytes"] / 1e6,
         **{f"{mode} ms": row[mode]["ms"] for mode in ("alone", "beside", "together")},
-        "all-reduce ms": row["all_reduce"]["ms"], "fitted": row["fitted_ms"],
+        "all-reduce ms": row["all_reduce"]["ms"], "fitted": row.get("fitted_ms"),
         **{f"{mode} / together": row[f"measured_{mode}"] for mode in ("alone", "beside")},
-        **{f"formula, {mode}": row[f"predicted_{mode}"] for mode in ("alone", "beside")},
+        **{f"formula, {mode}": row.get(f"predicted_{mode}") for mode in ("alone", "beside")},
     } for row in record["steps"]}))
     for line in failures(record):
-        Console().print(f"[bold red]{line}")
+        Console().print(line, style="bold red", highlight=False, markup=False)

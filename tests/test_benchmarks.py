@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -321,6 +322,37 @@ def test_the_record_of_scaling(tmp_path, capsys):
         run.main([*small, "--batch", "4"])
 
 
+@pytest.mark.parametrize("part, way", [
+    (scaling.ALL_REDUCE, "raise"), ("MLP, batch 4", "raise"), ("MLP, batch 4", "exit"),
+])
+def test_a_rank_that_fails_costs_no_other_part(tmp_path, capsys, monkeypatch, part, way):
+    measured, states = scaling._measure, []
+
+    def broken(ranks, name, *rest):
+        if name == part and not ranks.main:  # the other waits for this one
+            if way == "exit":
+                os._exit(9)
+            raise RuntimeError("no [memory]")
+        return measured(ranks, name, *rest)
+
+    monkeypatch.setattr(scaling, "_measure", broken)
+    write = run.write_json
+    monkeypatch.setattr(run, "write_json", lambda path, record: (
+        states.append((len(record["all_reduce"]), len(record["steps"]), len(record["failed"]))),
+        write(path, record)))
+    out = tmp_path / "record.json"
+    assert run.main(["--suite", "scaling", "--tiny", "--repeats", "1", "--minutes", "0.001",
+                     "--out", str(out)]) == 1
+    record = json.loads(out.read_text())
+    first = part == scaling.ALL_REDUCE
+    assert (bool(record["all_reduce"]), len(record["steps"])) == (not first, int(first))
+    assert states[0] == ((0, 0, 1) if first else (2, 0, 0))  # written after the first part
+    (line,) = record["failed"]
+    assert line.startswith(f"{part}: FAILED ") and line in capsys.readouterr().out.replace("\n", "")
+    if way == "raise":
+        assert "RuntimeError: no [memory]" in line
+
+
 def test_latency_and_bandwidth_are_found():
     sizes = [4**k for k in range(6, 14)]
     found = scaling.fit(sizes, [0.3 + s / 2e6 for s in sizes])
@@ -386,7 +418,7 @@ def test_wrong_samples_have_no_speed(monkeypatch, tmp_path, capsys, wrong):
     assert capsys.readouterr().out.count("WRONG") == 4  # in the table, and below it
 
 
-def test_a_provider_that_raises(monkeypatch):
+def test_a_provider_that_raises(monkeypatch, tmp_path):
     """Ours fails the run; others', or ours where something is missing, are off."""
     def broken(text, kind=RuntimeError):
         def build(task):
@@ -408,8 +440,10 @@ def test_a_provider_that_raises(monkeypatch):
         assert failed == (status == "FAILED") and sampling.failures({"rows": rows})
     monkeypatch.setattr(sampling, "_diffusers", lambda name, **k: sampling.Provider(
         name, broken("no memory")))
+    out = tmp_path / "record.json"
     with pytest.raises(RunError, match="no memory"):
-        run.main(DRAWING)
+        run.main([*DRAWING, "--out", str(out)])
+    assert [row["status"] for row in json.loads(out.read_text())["rows"]] == ["off"] * 2
 
 
 def test_what_cannot_be_compiled_is_off(monkeypatch):
