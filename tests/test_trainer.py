@@ -232,6 +232,17 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capturing)
 
 
+def test_warm_ups_share_one_side_stream(fake_cuda, monkeypatch):
+    """The allocator keeps freed blocks for each stream apart."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: (
+        used.append(stream), contextlib.nullcontext())[1])
+    step = StepGraph(lambda *_: None, warn=pytest.fail)
+    for size in (2, 2, 3, 3):
+        step(torch.zeros(size), torch.zeros(3), True)
+    assert len(used) == 4 and len(set(map(id, used))) == 1
+
+
 def test_a_step_graph_warms_up_captures_and_replays(fake_cuda):
     """One graph for each shape and kind; every call is a step, on the values of that call."""
     seen = []
