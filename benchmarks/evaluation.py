@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import spread
+from timing import one_line, spread
 
 from robustdm.evaluation import Generator, extract, features_of, generate
 from robustdm.features import CifarResNet, Extractor
@@ -66,8 +66,7 @@ def run(
         try:
             record[name] = measured()
         except Exception as error:  # no memory, say: the others can still be measured
-            text = str(error).strip().splitlines() or [""]
-            record["failed"].append(f"{name}: FAILED {type(error).__name__}: {text[0][:200]}")
+            record["failed"].append(f"{name}: FAILED {one_line(error)}")
         save(record)
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin

@@ -258,7 +258,8 @@ def judged(name: str, files: dict) -> dict:
 
 
 def machine() -> dict:
-    """What the numbers depend on, found without loading torch into this process."""
+    """What the numbers depend on. Other processes find it: importing torch, or this package, may be
+    what fails."""
     code = ("import json, torch\nfound = {'torch': torch.__version__, 'cuda': torch.version.cuda, "
             "'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}\n"
             "try:\n    import triton\n    found['triton'] = triton.__version__\n"

@@ -17,6 +17,7 @@ from timing import (
     cuda_timer,
     duplicate,
     host_ms,
+    one_line,
     peak_mib,
     spread,
 )
@@ -151,10 +152,8 @@ def _checked(provider: Provider, setup: Setup, in_time: bool) -> dict:
 
 
 def _broken(provider: Provider | None, error: Exception) -> dict:
-    text = str(error).strip().splitlines() or [""]
-    reason = f"{type(error).__name__}: {text[0][:200]}"
     ours = provider is None or provider.ours
-    return {"status": "FAILED" if ours else "off", "reason": reason}
+    return {"status": "FAILED" if ours else "off", "reason": one_line(error)}
 
 
 def _timers(

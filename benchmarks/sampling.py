@@ -20,7 +20,7 @@ from case import relative_error
 from report import BUSY, STYLES
 from rich.console import Console
 from rich.table import Table
-from timing import spread
+from timing import one_line, spread
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._inductor.utils import fresh_cache
@@ -342,10 +342,9 @@ def _checked(
                 row["compile_s"] = time.perf_counter() - begin
     except Exception as error:  # no compiler, no memory
         failed = provider.ours and not isinstance(error, Off)
-        text = str(error).strip().splitlines() or [""]
-        kind = "" if isinstance(error, Off) else f"{type(error).__name__}: "
+        reason = str(error) if isinstance(error, Off) else one_line(error)
         for row in rows:
-            row.update(status="FAILED" if failed else "off", reason=f"{kind}{text[0][:200]}")
+            row.update(status="FAILED" if failed else "off", reason=reason)
         return rows, None
     if task.device.type == "cuda":
         for row in rows:
@@ -384,8 +383,7 @@ def _time(
             try:
                 generate(row["sampler"], task.steps)  # its copy to the CPU waits for the GPU
             except Exception as error:  # no memory, say
-                text = str(error).strip().splitlines() or [""]
-                row.update(status="FAILED", reason=f"{type(error).__name__}: {text[0][:200]}")
+                row.update(status="FAILED", reason=one_line(error))
                 for key in ("ms", "p20", "p80", "samples"):
                     row.pop(key, None)
                 del samples[i]

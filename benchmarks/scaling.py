@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from timing import spread
+from timing import one_line, spread
 
 from robustdm.data import batches
 from robustdm.distributed import ALONE, Ranks, join
@@ -153,8 +153,7 @@ def _rank(rank: int, port: int, end, name: str, config, seconds: float) -> None:
             if ranks.main:
                 end.send(("ok", found))
         except Exception as error:  # told before the other rank fails for want of this one
-            text = str(error).strip().splitlines() or [""]
-            end.send(("error", f"{type(error).__name__}: {text[0][:200]}"))
+            end.send(("error", one_line(error)))
     end.close()
 
 

@@ -29,7 +29,7 @@ import torch
 from report import BUSY, STYLES
 from rich.console import Console
 from rich.table import Table
-from timing import Sensors, spread
+from timing import Sensors, one_line, spread
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -134,17 +134,13 @@ SEARCH = "cudnn.benchmark"
 def _unpad(network: torch.nn.Module) -> None:
     for module in network.modules():
         if type(module) is PaddedConv2d and module.out_channels % 8:
-            module.__class__ = torch.nn.Conv2d
-
-
-class _OtherConv2d(torch.nn.Conv2d):
-    """A convolution whose bias is left where it is: only plain ones are folded."""
+            module.pad = False
 
 
 def _unfold(network: torch.nn.Module) -> None:
     for module in network.modules():
         if type(module) is FusedResnetBlock2D:
-            module.conv1.__class__ = _OtherConv2d
+            module.fold_bias = False
 
 
 # What a variant changes in the fused network.
@@ -177,7 +173,7 @@ def rows(device: str) -> list[Row]:
         made.append(Row("variants", "xformers, not compiled",
                         replace(last, attention="xformers", compile=False, graph=False),
                         adversarial))
-    for name in (SEARCH, *TOGGLES) if gpu else ("folded conv1 bias",):
+    for name in (SEARCH, *TOGGLES) if gpu else ():
         made.append(Row("variants", f"no {name}", replace(last, without=name), adversarial))
     both = ("ddpm", "robust_adv")
     for name in climbed:
@@ -549,9 +545,8 @@ def serve(pipe, *arguments) -> None:
                 bench = Bench(*arguments)
             pipe.send(("ok", getattr(bench, name)(*args)))
         except Exception as error:
-            text = str(error).strip().splitlines() or [""]
             status = "error" if _gpu_answers() else "fatal"
-            pipe.send((status, f"{type(error).__name__}: {text[0][:200]}"))
+            pipe.send((status, one_line(error)))
 
 
 def _gpu_answers() -> bool:
@@ -759,7 +754,7 @@ def _missing(options: Options, task: Task) -> str | None:
 def _train(record, timed, config, task: Task, attempt, begin: float) -> None:
     """Compare the fastest exact row's losses, and its feeding, with what they should be."""
     fastest = [(e, w, o) for e, w, o, n, _ in timed if n == "robust_adv" and not o.fields
-               and not o.paper and "ms" in e]
+               and not o.paper and e["section"] == "ladder" and "ms" in e]
     if not fastest or config.steps == 0:
         return
     entry, worker, options = min(fastest, key=lambda found: found[0]["ms"])

@@ -161,6 +161,12 @@ def copy_curve(device: torch.device, sizes: Sequence[int]) -> list[dict[str, flo
     return curve
 
 
+def one_line(error: Exception) -> str:
+    """What a record says of an error, without the paths of this machine."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]}"
+
+
 class Sensors:
     """Clocks, power, temperature and energy of the GPU, read by NVML where it works; never set."""
 

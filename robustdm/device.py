@@ -51,9 +51,11 @@ def is_out_of_memory(error: Exception) -> bool:
 def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """Let cuDNN time its convolutions at their first call, on a GPU; then the caller's setting
     counts again. Shapes never change in training and in `fast_network`. Speed unmeasured."""
+    if device.type != "cuda":
+        yield
+        return
     before = torch.backends.cudnn.benchmark
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = wanted
+    torch.backends.cudnn.benchmark = wanted
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 ROUNDS = 5
 BUDGET = 4.0
 """Seconds after which no further round of `fastest_threads` starts."""
+HOPELESS = 1.5
+"""Ratio of times at which `fastest_threads` tries no smaller number of threads."""
 WINDOW = 16
 SLOWDOWN = 2.0
 """Ratio of step times above which `Slowdown` reports."""
@@ -40,8 +42,8 @@ def keep_freed_memory() -> None:
 
 
 def thread_choices(limit: int) -> list[int]:
-    """Numbers of threads worth timing: powers of two below ``limit``, and ``limit``."""
-    return [*(2**k for k in range(limit.bit_length()) if 2**k < limit), limit]
+    """Numbers of threads worth timing: ``limit``, and the powers of two below it, largest first."""
+    return [limit, *(2**k for k in reversed(range(limit.bit_length())) if 2**k < limit)]
 
 
 def threads_are_given() -> bool:
@@ -54,7 +56,9 @@ def fastest_threads(compute: Callable[[], object], limit: int, calls: int) -> in
 
     Small networks beside another busy process want one thread: threads wait for each other, and
     OpenMP's waiting threads take the cores that the others need. Each number of threads gets its
-    turn in every round, so that a load that comes and goes meets all of them.
+    turn in every round, so that a load that comes and goes meets all of them. A number that takes
+    `HOPELESS` times as long as a larger one ends the choices: one thread of sixteen would keep a
+    large network waiting for minutes.
 
     Args:
         compute: the work to time. It must not change state.
@@ -72,18 +76,26 @@ def fastest_threads(compute: Callable[[], object], limit: int, calls: int) -> in
     if len(choices) == 1 or not rounds:
         torch.set_num_threads(limit)
         return limit
-    times: dict[int, list[float]] = {n: [] for n in choices}
+
+    def seconds(n: int) -> float:
+        torch.set_num_threads(n)
+        start = time.perf_counter()
+        compute()
+        return time.perf_counter() - start
+
     begin = time.perf_counter()
     compute()  # libraries choose their algorithms in the first call
-    for done in range(rounds):
-        if done and time.perf_counter() - begin > BUDGET:
+    times: dict[int, list[float]] = {}
+    for n in choices:
+        times[n] = [seconds(n)]
+        if times[n][0] > HOPELESS * min(first for first, in times.values()):
             break
-        for n in choices:
-            torch.set_num_threads(n)
-            start = time.perf_counter()
-            compute()
-            times[n].append(time.perf_counter() - start)
-    best = min(choices, key=lambda n: statistics.median(times[n]))
+    for _ in range(rounds - 1):
+        if time.perf_counter() - begin > BUDGET:
+            break
+        for n, found in times.items():
+            found.append(seconds(n))
+    best = min(times, key=lambda n: statistics.median(times[n]))
     torch.set_num_threads(best)
     return best
 

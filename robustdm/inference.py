@@ -19,7 +19,7 @@ from robustdm.device import cudnn_benchmark as benchmarked
 from robustdm.errors import UsageError
 from robustdm.host import fastest_threads, threads_are_given
 from robustdm.network import predict_noise
-from robustdm.training.compilation import compile_network
+from robustdm.training.compilation import compile_network, reason_of
 
 Precision = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,9 +191,8 @@ class FastNetwork(nn.Module):
                 call.capture()
             except Exception as error:
                 # An error that is not the capture's comes back in the first plain call.
-                text = str(error).strip().splitlines() or [""]
                 self._graph = False
-                self.off["cuda_graph"] = f"{type(error).__name__}: {text[0][:200]}"
+                self.off["cuda_graph"] = reason_of(error)
         self._calls[tuple(shape)] = call
 
     @property

@@ -319,15 +319,29 @@ def test_limits_and_settings_of_tf32(monkeypatch):
             setattr(*place, value)
 
 
-def test_variants_change_the_network():
-    task = step.Task("tiny", 2, "cpu", tiny=True)
-    for name in step.TOGGLES:
-        kinds = []
-        for options in (step.Options(norms=True), step.Options(norms=True, without=name)):
-            config = task.config(options)
-            network = step.Ladder(config, task.data(config), options).network
-            kinds.append([type(m) for m in network.modules()])
-        assert kinds[0] != kinds[1], name
+def test_a_variant_leaves_out_its_default_and_no_other(monkeypatch):
+    """As on a GPU in half precision: what the convolutions get, with and without each default."""
+    monkeypatch.setattr(step.FusedResnetBlock2D, "on_gpu", lambda self, x: True)
+    monkeypatch.setattr(step.PaddedConv2d, "wants_eight", lambda self, x: True)
+    seen, forward = [], torch.nn.Conv2d._conv_forward
+
+    def noting(self, x, weight, bias):
+        seen.append((len(weight), weight.shape[1], bias is None))
+        return forward(self, x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", noting)
+    task, found = step.Task("tiny", 2, "cpu", tiny=True), {}
+    for name in ("", *step.TOGGLES):
+        options = step.Options(norms=True, without=name)
+        config = task.config(options)
+        network = step.Ladder(config, task.data(config), options).network
+        seen.clear()
+        network(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
+        found[name] = seen.copy()
+    first, *blocks, last = found[""]
+    assert first[1] == 8 and last[0] == 8 and any(no_bias for *_, no_bias in blocks)
+    assert found["padded conv_out"] == [first, *blocks, (3, *last[1:])]
+    assert found["folded conv1 bias"] == [first, *((a, b, False) for a, b, _ in blocks), last]
 
 
 def test_rows_that_cannot_run_are_off(monkeypatch):

@@ -35,9 +35,9 @@ def config_of(out, **fields) -> TrainConfig:
     return TrainConfig.from_dict(values | fields)
 
 
-def test_choices_are_powers_of_two_and_the_limit():
+def test_choices_are_the_limit_and_powers_of_two():
     assert [host.thread_choices(n) for n in (1, 2, 3, 4, 12)] == [
-        [1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8, 12]]
+        [1], [2, 1], [3, 2, 1], [4, 2, 1], [12, 8, 4, 2, 1]]
 
 
 @pytest.mark.parametrize("fastest", [1, 2, 4])
@@ -50,21 +50,38 @@ def test_the_fastest_number_of_threads_is_set(four_threads, fastest):
 
 def test_every_number_has_its_turn_in_every_round(four_threads):
     calls = []
-    host.fastest_threads(lambda: calls.append(four_threads[-1]), 4, calls=1000)
-    assert calls == [4, *[1, 2, 4] * host.ROUNDS]
+
+    def compute():
+        calls.append(four_threads[-1])
+        time.sleep(0.005)
+
+    host.fastest_threads(compute, 4, calls=1000)
+    assert calls == [4, *[4, 2, 1] * host.ROUNDS]
+
+
+def test_a_large_network_is_not_timed_with_few_threads(four_threads):
+    """Sixteen threads' work on one of them is what nobody waits for."""
+    calls = []
+
+    def compute():
+        calls.append(four_threads[-1])
+        time.sleep(0.08 / four_threads[-1])
+
+    assert host.fastest_threads(compute, 16, calls=10**6) == 16
+    assert calls == [4, *[16, 8] * host.ROUNDS]
 
 
 def test_short_work_is_not_timed(four_threads):
     calls = []
     assert host.fastest_threads(lambda: calls.append(1), 4, calls=74) == 4 and not calls
-    host.fastest_threads(lambda: calls.append(1), 4, calls=75)
+    host.fastest_threads(lambda: calls.append(1) or time.sleep(0.005), 4, calls=75)
     assert len(calls) == 1 + 3
 
 
 def test_slow_work_is_timed_for_one_round(four_threads, monkeypatch):
     monkeypatch.setattr(host, "BUDGET", 0.0)
     calls = []
-    host.fastest_threads(lambda: calls.append(1), 4, calls=10**6)
+    host.fastest_threads(lambda: calls.append(1) or time.sleep(0.005), 4, calls=10**6)
     assert len(calls) == 1 + 3
 
 
@@ -113,6 +130,20 @@ def test_more_threads_than_this_machine_has_are_chosen_anew(tmp_path, four_threa
     monkeypatch.setattr("robustdm.training.trainer.fastest_threads", lambda *a: 1)
     resumed = Trainer(config_of(tmp_path, threads=64, resume=True))
     assert resumed.choose_threads() == 1
+
+
+def test_a_run_that_cannot_have_its_threads_again_says_so(tmp_path, four_threads, monkeypatch):
+    monkeypatch.setattr("robustdm.training.trainer.fastest_threads", lambda *a: 1)
+    train(config_of(tmp_path, threads=64, stop_after=70), "off")
+    four_threads.append(4)
+    said = []
+    monkeypatch.setattr("robustdm.training.progress.Progress.message",
+                        lambda self, text: said.append(text))
+    values = read_config(tmp_path) | {"resume": True}
+    assert values["threads"] == 64
+    train(TrainConfig.from_dict(values), "off")
+    assert "threads is 64: this machine offers 4; computing with" in "".join(said)
+    assert read_config(tmp_path)["threads"] == 1
 
 
 def test_timing_changes_no_weights(tmp_path, four_threads):

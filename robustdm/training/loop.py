@@ -133,8 +133,12 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
             keep_freed_memory()
         estimate = estimate_bytes(config, trainer.data.shape, ranks.size)
         tight = check_fits(config, estimate, available_bytes(trainer.device), ranks.size)
+        recorded, offered = config.threads, torch.get_num_threads()
         config = replace(config, threads=trainer.choose_threads())
         plan = describe(trainer, estimate)
+        if config.threads != recorded > 0:
+            plan += (f"\nwarning: threads is {recorded}: this machine offers {offered}; computing "
+                     f"with {torch.get_num_threads()}, which rounds differently")
         if tight:
             plan += f"\nwarning: {tight}"
     ranks.same("the training data", trainer.data.identity())
@@ -269,7 +273,7 @@ class _Session:
         if found is None:
             return
         now, best = found
-        # Fewer threads from here on would round otherwise: no resumed run had the same bits.
+        # Fewer threads round differently: a run resumed from before could not repeat the bits.
         remedy = "end them"
         if self.ranks.size == 1 and torch.get_num_threads() > 1:
             remedy += ", or stop this run and continue it with --resume --threads 1"
