@@ -2,7 +2,7 @@
 
 The libraries have a plain C interface, hence need neither PyTorch to be built nor a certain version
 of it to run. Whatever cannot be built is left out: the package works without. The reason is printed
-and kept beside the libraries (`robustdm.native.status` reads it), since pip hides what is printed.
+and kept beside the libraries (`robustdm.ops.native.status` reads it), since pip hides output.
 """
 
 import os

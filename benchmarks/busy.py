@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from run import cpu_model  # noqa: E402
 
-from robustdm.training.rundir import provenance  # noqa: E402
+from robustdm.runs.rundir import provenance  # noqa: E402
 
 
 def command(module: str, *flags: object, threads: str) -> None:

@@ -26,7 +26,8 @@ from case import (
 )
 from torch import Tensor
 
-from robustdm import ops, random, reference
+from robustdm import ops
+from robustdm.ops import reference, stream
 
 SIZES = ((128, 3, 32, 32), (64, 3, 64, 64), (32, 3, 256, 256))
 TINY = ((4, 3, 8, 8),)
@@ -85,7 +86,7 @@ def spread_out(values: Tensor) -> Tensor:
 
 def stored_noise(batch: dict, shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """eps and delta_ran that our ops draw, to feed them to other code."""
-    eps, unit = random.element_noise(batch["key"], shape)
+    eps, unit = stream.element_noise(batch["key"], shape)
     return tuple(torch.empty_like(batch["x0"]).copy_(v)
                  for v in (eps, spread_out(batch["radius"]) * unit))
 

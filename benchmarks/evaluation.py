@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from timing import one_line, spread
 
-from robustdm.evaluation import Generator, extract, features_of, generate
-from robustdm.features import CifarResNet, Extractor
+from robustdm.evaluation.features import CifarResNet, Extractor
+from robustdm.evaluation.measure import Generator, extract, features_of, generate
 from robustdm.host import keep_freed_memory
+from robustdm.method.schedule import NoiseSchedule
 from robustdm.metrics import FeatureStatistics
 from robustdm.models import build_model
-from robustdm.schedule import NoiseSchedule
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig, preset_values
 
 SCHEMA = "robustdm-evaluation-1"
 TARGET_S = 120.0

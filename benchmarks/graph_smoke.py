@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from robustdm.data import batches
-from robustdm.data.images import ImageTensor
-from robustdm.training.config import TrainConfig
+from robustdm.data.base import ImageTensor
+from robustdm.runs.config import TrainConfig
 from robustdm.training.trainer import Trainer
 
 STEPS = 8

@@ -22,9 +22,10 @@ from case import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustdm import ops, random
+from robustdm import ops
 from robustdm.models import build_model
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.ops import stream
+from robustdm.runs.config import TrainConfig, preset_values
 
 RATE = 0.1  # dropout
 GROUPS = 32
@@ -152,7 +153,7 @@ def _norm(
 
         @cache
         def expected_ours() -> list[Tensor]:
-            return expected(random.dropout_mask(key, shape, 0, rate))
+            return expected(stream.dropout_mask(key, shape, 0, rate))
 
         limit = OTHERS[dtype] * (1 + adaptive)  # plain torch rounds the scaled value once more
 

@@ -232,7 +232,7 @@ def plot(record: dict, path: Path) -> None:
     Raises:
         UsageError: if the file cannot be written.
     """
-    from robustdm.plots import COLOURS, INK, figure
+    from robustdm.reporting.plots import COLOURS, INK, figure
 
     made, axes = figure(size=(7.2, 4.4))
     ax = axes[0, 0]

@@ -39,8 +39,8 @@ from timing import Sensors, copy_curve
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
-from robustdm.training.progress import duration
-from robustdm.training.rundir import git_revision, write_json
+from robustdm.reporting.progress import duration
+from robustdm.runs.rundir import git_revision, write_json
 
 MINUTES = {"cuda": 4.0, "cpu": 3.0}
 SLACK = 12.0  # seconds for the imports, and for what comes after the last case

@@ -27,11 +27,11 @@ from torch._inductor.utils import fresh_cache
 
 from robustdm.errors import RunError, UsageError
 from robustdm.host import keep_freed_memory
-from robustdm.inference import fast_network
+from robustdm.method.sampling import sample, stream_noise, timesteps
+from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import build_model
-from robustdm.sampling import sample, stream_noise, timesteps
-from robustdm.schedule import NoiseSchedule
-from robustdm.training.config import PRESETS, TrainConfig, preset_values
+from robustdm.models.inference import fast_network
+from robustdm.runs.config import PRESETS, TrainConfig, preset_values
 
 SCHEMA = "robustdm-sampling-1"
 SAMPLERS = ("ddim", "ddpm")

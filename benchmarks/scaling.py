@@ -31,8 +31,8 @@ from timing import one_line, spread
 from robustdm.data import batches
 from robustdm.distributed import ALONE, Ranks, join
 from robustdm.errors import RunError
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training.trainer import WISHES, Trainer
 
 SCHEMA = "robustdm-scaling-1"

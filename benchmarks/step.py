@@ -34,16 +34,16 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from robustdm.data import batches
-from robustdm.data.images import ImageTensor
+from robustdm.data.base import ImageTensor
 from robustdm.errors import RunError, UsageError
 from robustdm.host import keep_freed_memory
+from robustdm.method.gradients import GradientStep
+from robustdm.method.objectives import Objective
+from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import build_model
 from robustdm.models.fuse import FusedResnetBlock2D, PaddedConv2d, unfuse
-from robustdm.objectives import Objective
-from robustdm.resident import ResidentBatch
-from robustdm.schedule import NoiseSchedule
-from robustdm.step import GradientStep
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.ops.resident import ResidentBatch
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training.optimizer import SkippingAdamW
 from robustdm.training.trainer import Trainer
 
@@ -984,7 +984,7 @@ def print_record(record: dict) -> None:
 
 def plot(record: dict, path: Path) -> None:
     """The losses of the reference and of the fastest row, one over the other."""
-    from robustdm import plots
+    from robustdm.reporting import plots
 
     overlay = record.get("overlay")
     if overlay is None:

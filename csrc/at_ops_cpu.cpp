@@ -1,4 +1,4 @@
-// The elementwise ops of adversarial training on the CPU: see robustdm/reference.py for what each
+// The elementwise ops of adversarial training on the CPU: see robustdm/ops/reference.py for what each
 // computes, and native.py for the calls. Every op regenerates the step's noise instead of reading
 // it, block by block: a block's random numbers stay in the first-level cache.
 //

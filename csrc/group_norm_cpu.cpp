@@ -1,4 +1,4 @@
-// Group normalisation with what stands around it, on the CPU: see robustdm/reference.py for what is
+// Group normalisation with what stands around it, on the CPU: see robustdm/ops/reference.py for what is
 // computed and native.py for the calls.
 //
 // A tensor is (batch, spatial, channels), contiguous. A unit of work is a slab of whole groups of one

@@ -1,4 +1,4 @@
-// The random stream of robustdm/random.py for C++ and CUDA: Philox4x32-10 with
+// The random stream of robustdm/ops/stream.py for C++ and CUDA: Philox4x32-10 with
 //   key = (seed, step), counter = (index low, index high, stream, layout).
 // Words and uniforms are equal to the Python reference bit for bit (compile without contraction of
 // a * b + c); normals to a few ulp, the same on every CPU, since log and sincos are our own.

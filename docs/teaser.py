@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from robustdm.cli import guard
 from robustdm.data import load_data
 from robustdm.errors import UsageError
-from robustdm.images import grid
-from robustdm.report import REDUCED_CONTRAST
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.reporting.images import grid
+from robustdm.reporting.run_page import REDUCED_CONTRAST
+from robustdm.runs.config import TrainConfig, preset_values
 
 COLUMNS, SCALE, GAP, LABELS = 11, 8, 4, 156  # pictures; pixels
 

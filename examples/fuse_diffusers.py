@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DModel
 
 import robustdm
-from robustdm.pretrained import network_of, open_source
+from robustdm.models.pretrained import network_of, open_source
 
 
 def step(unet: UNet2DModel, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ import argparse
 import torch
 
 import robustdm
+from robustdm.method.sampling import sample
 from robustdm.models import PointMLP
-from robustdm.sampling import sample
 
 
 def noisy_plane(count: int) -> torch.Tensor:

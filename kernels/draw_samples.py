@@ -5,7 +5,7 @@
 
 (Briglia et al. 2026, Section 4.) The words are those of the stream of `philox.py`; ``scale`` is
 one of four readings of the paper. float64, in the order of operations of
-`robustdm.reference.draw_samples`, and equal to it bit for bit.
+`robustdm.ops.reference.draw_samples`, and equal to it bit for bit.
 
 Bytes per sample: read 24 (gathered from three tables), write 32.
 """
@@ -96,7 +96,7 @@ def draw_samples(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
-    """As `robustdm.reference.draw_samples`, in one launch.
+    """As `robustdm.ops.reference.draw_samples`, in one launch.
 
     Args:
         key: (3,) int64: seed, step, first_index.

@@ -7,7 +7,7 @@
 
 (Briglia et al. 2026, Eq. 6; Ho et al. 2020, Eq. 14.) o and o' are the predictions at x_t and at the
 perturbed batch, d the number of elements of a sample. eps, and delta where it is the random start,
-come from the stream of `philox.py`. Specification: `robustdm.reference.equivariance_loss`.
+come from the stream of `philox.py`. Specification: `robustdm.ops.reference.equivariance_loss`.
 
 Bytes per element: read o, o' and delta, write two gradients; 20 in float32, 10 in bfloat16. The
 sums are made in two stages in a fixed order, hence are the same from run to run.
@@ -110,7 +110,7 @@ def equivariance_loss(
     radius: torch.Tensor, lambda_t: torch.Tensor, key: torch.Tensor, dtype: torch.dtype,
     invariance: bool, detach_clean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `robustdm.reference.equivariance_loss`, in two launches: one pass, and one to finish sums.
+    """`robustdm.ops.reference.equivariance_loss` in two launches: one pass, and one to finish sums.
 
     Args:
         eps_pred, eps_pred_adv: (B, ...) float, dense: contiguous or channels-last.

@@ -4,7 +4,7 @@
 
 (Briglia et al. 2026, Eq. 8.) delta_ran comes from the stream of `philox.py`, so that it is never
 stored. Zeros in the gradient move nothing, NaN stays NaN. Specification:
-`robustdm.reference.fgsm_project`.
+`robustdm.ops.reference.fgsm_project`.
 
 Bytes per element: read gradient and x_t, write x_adv and delta; 16 in float32, 8 in half precision.
 Outwards, without a gradient, 12 and 6.
@@ -63,7 +63,7 @@ def fgsm_project(
     xt: torch.Tensor, gradient: torch.Tensor | None, noise: torch.Tensor, radius: torch.Tensor,
     key: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `robustdm.reference.fgsm_project`, in one launch.
+    """As `robustdm.ops.reference.fgsm_project`, in one launch.
 
     Args:
         xt: (B, ...) float, dense: contiguous or channels-last.

@@ -11,9 +11,9 @@ Backward, with du = dy d dropout(silu(u)) / d u and means over the group::
 
     dx = rstd (w du - mean(w du) - xhat mean(w du xhat))
 
-`robustdm.reference.group_norm_act` is the specification; the dropout mask is bit for bit that of
-`robustdm.random.dropout_mask`. Activations are (B, C, *spatial) with channels-last strides, in
-float32, bfloat16 or float16; arithmetic is in float32; no atomics, so results repeat bitwise.
+`robustdm.ops.reference.group_norm_act` is the specification; the dropout mask is bit for bit that
+of `robustdm.ops.stream.dropout_mask`. Activations are (B, C, *spatial) with channels-last strides,
+in float32, bfloat16 or float16; arithmetic is in float32; no atomics, so results repeat bitwise.
 
 Bytes through device memory per element, in sizes of the activation's dtype: forward 2 (x; y),
 backward 3 (dy, x; dx). With dropout, the forward also stores one bit per element, whether it was
@@ -207,8 +207,8 @@ def _inverse(e, k):
 @triton.jit
 def _bits(key, stream, threshold, sample, row, channel, HW: tl.constexpr, C: tl.constexpr,
           ROWS: tl.constexpr, COLS: tl.constexpr):
-    """`robustdm.random.dropout_mask` of a tile: one Philox call, and one byte, per row and eight
-    channels, of which the first is the lowest bit."""
+    """`robustdm.ops.stream.dropout_mask` of a tile: one Philox call, and one byte, per row and
+    eight channels, of which the first is the lowest bit."""
     CALLS: tl.constexpr = (C + 7) // 8
     seed = tl.load(key) + (tl.load(key + 1) << 32)
     first = ((tl.load(key + 2) + sample) * HW + row) * CALLS + tl.min(channel, 0) // 8
@@ -627,7 +627,7 @@ def group_norm_act_forward(
     Args:
         x: (B, C, *spatial) with channels-last strides.
         weight, bias, scale, shift, add, silu, dropout, key, layer, tiny: as in
-            `robustdm.reference.group_norm_act`; contiguous.
+            `robustdm.ops.reference.group_norm_act`; contiguous.
 
     Returns:
         y like x; keep (B, positions, ceil(C / 8)) uint8, a bit per element that dropout kept, empty

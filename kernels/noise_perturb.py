@@ -4,7 +4,7 @@
 
 eps is standard normal, delta_ran uniform in the l-inf ball of ``radius``, both from the stream of
 `philox.py`. x0 is (B, ...), or rows of a resident uint8 set (N, C, H, W) that are normalised,
-corrupted and flipped on the way. Specification: `robustdm.reference.noise_perturb` and
+corrupted and flipped on the way. Specification: `robustdm.ops.reference.noise_perturb` and
 `load_resident`.
 
 Bytes per element: read x0, write x_t and x_ran; 12 in float32, 6 in half precision, 9 and 5 from
@@ -132,7 +132,7 @@ def noise_perturb(
     x0: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor, radius: torch.Tensor,
     key: torch.Tensor, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `robustdm.reference.noise_perturb`, in one launch.
+    """As `robustdm.ops.reference.noise_perturb`, in one launch.
 
     Args:
         x0: (B, ...) float, dense: contiguous or channels-last.
@@ -161,7 +161,7 @@ def noise_perturb_resident(
     radius: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, flip: bool,
     corrupt_fraction: float, corrupt_sigma: float, corrupt_seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`noise_perturb` of `robustdm.reference.load_resident`, in one launch.
+    """`noise_perturb` of `robustdm.ops.reference.load_resident`, in one launch.
 
     Args:
         data: (N, C, H, W) uint8, dense: contiguous or channels-last.

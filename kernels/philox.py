@@ -1,11 +1,11 @@
-"""The random stream of `robustdm.random` in Triton, and how elementwise kernels divide a batch.
+"""The random stream of `robustdm.ops.stream` in Triton, and how elementwise kernels divide a batch.
 
     words(seed, step, low, high, stream) = Philox4x32-10, key (seed, step),
                                            counter (low, high, stream, LAYOUT_VERSION)
 
-Words and uniforms equal those of `robustdm.random` bit for bit, normals to a few ulp: logarithm,
-sine and cosine are the polynomials of Cephes, the same as in csrc/philox.h, since the GPU's own
-logarithm is too coarse near one, and may even be positive below it.
+Words and uniforms equal those of `robustdm.ops.stream` bit for bit, normals to a few ulp:
+logarithm, sine and cosine are the polynomials of Cephes, the same as in csrc/philox.h, since the
+GPU's own logarithm is too coarse near one, and may even be positive below it.
 
 A program serves ``QUADS`` consecutive fours of one sample's elements in channels-last order: one
 call of the generator gives a four its eps, another its delta. A thread makes the ``VECTOR``
@@ -27,7 +27,7 @@ WARPS = 2
 # The largest extent of a grid's second and third axis.
 GRID_LIMIT = tl.constexpr(65535)
 
-# Equal to robustdm.random; kernels do not import it, a test compares them.
+# Equal to robustdm.ops.stream; kernels do not import it, a test compares them.
 LAYOUT_VERSION = tl.constexpr(2)
 ELEMENT = tl.constexpr(0)
 SAMPLE = tl.constexpr(1)
@@ -124,7 +124,7 @@ def box_muller_length(word):
 
 @triton.jit
 def sine_cosine(word):
-    """sin and cos of 2 pi word / 2^32, rounded to float32 as in robustdm.random, in float32."""
+    """sin and cos of 2 pi word / 2^32, rounded to float32 as in robustdm.ops.stream, in float32."""
     # Factors of two are exact, so that one product by 2 pi / 2^32 rounds like two.
     f = word.to(tl.float32)
     # Adding 1.5 * 2^23 leaves the nearest number of quarter turns, 0 to 4, in the lowest bits.

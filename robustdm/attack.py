@@ -110,11 +110,11 @@ def attack(config: AttackConfig) -> dict:
 
 
 def _attack(config: AttackConfig, ranks) -> dict:
-    from robustdm.attacks import TrajectoryAttack, attacked_steps
-    from robustdm.baselines import Baseline
-    from robustdm.comparison import Comparison, open_runs
-    from robustdm.evaluation import check_out
-    from robustdm.training.trainer import resolve_device
+    from robustdm.device import resolve_device
+    from robustdm.evaluation.compare import Comparison, open_runs
+    from robustdm.evaluation.measure import check_out
+    from robustdm.method.baselines import Baseline
+    from robustdm.method.trajectory_attack import TrajectoryAttack, attacked_steps
 
     if not config.steps_attacked:
         raise UsageError("steps_attacked is empty: give shares from 0 to 1")
@@ -172,9 +172,9 @@ def _raised(generator, baseline, config: AttackConfig, device) -> dict[str, dict
     """
     import torch
 
-    from robustdm.attacks import TrajectoryAttack
-    from robustdm.network import predict_noise
-    from robustdm.sampling import Respaced, batch_or_default, stream_noise, timesteps
+    from robustdm.method.predict import predict_noise
+    from robustdm.method.sampling import Respaced, batch_or_default, stream_noise, timesteps
+    from robustdm.method.trajectory_attack import TrajectoryAttack
 
     methods = [m for m in dict.fromkeys(config.methods) if m != "random"]
     model = generator.model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustdm.errors import PeerError, RobustDMError, UsageError
 from robustdm.host import keep_freed_memory
-from robustdm.training.config import TrainConfig, load_yaml, preset_values
+from robustdm.runs.config import TrainConfig, load_yaml, preset_values
 
 
 def on_main_rank() -> bool:
@@ -88,7 +88,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
                                    **dict.fromkeys(_UNTOLD))
     values: dict = {}
     if known.resume:
-        from robustdm.training.rundir import read_config
+        from robustdm.runs.rundir import read_config
 
         if known.config:
             raise UsageError(
@@ -123,7 +123,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
                          ".pt")
     if config.init_from is None or config.resume:
         return config
-    from robustdm.pretrained import check_settled, settle, untold
+    from robustdm.models.pretrained import check_settled, settle, untold
 
     settled = settle(config)
     # Again, over the model's values: so far, preset and flags were one.

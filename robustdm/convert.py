@@ -14,7 +14,7 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import RunError, UsageError
-from robustdm.training.config import LARGEST
+from robustdm.runs.config import LARGEST
 
 TOLERANCE = 1e-4
 """Largest relative difference between the outputs of two formats that rounding explains."""
@@ -84,8 +84,8 @@ def convert(config: ConvertConfig) -> float | None:
 
     from safetensors import SafetensorError
 
-    from robustdm.pipeline import save_pipeline
-    from robustdm.pretrained import describe, network_of, open_source
+    from robustdm.models.pipeline import save_pipeline
+    from robustdm.models.pretrained import describe, network_of, open_source
 
     source = open_source(
         config.source, allow_pickle=config.allow_pickle, num_heads=config.num_heads,
@@ -124,7 +124,7 @@ def convert(config: ConvertConfig) -> float | None:
 
 def _verify(source, schedule, heads: int | None, config: ConvertConfig) -> float:
     """The largest difference between the outputs of IN and OUT."""
-    from robustdm.pretrained import difference, network_of, open_source
+    from robustdm.models.pretrained import difference, network_of, open_source
 
     table = source.unet["num_train_timesteps"]
     written = open_source(
@@ -168,8 +168,8 @@ def _check(source, config: ConvertConfig, to_file: bool) -> None:
 
 def _schedule(source, config: ConvertConfig):
     """The noise schedule, None where nobody tells it."""
-    from robustdm.pipeline import schedule_from
-    from robustdm.schedule import NoiseSchedule
+    from robustdm.method.schedule import NoiseSchedule
+    from robustdm.models.pipeline import schedule_from
 
     if source.scheduler:
         return schedule_from(source.scheduler)

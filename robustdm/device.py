@@ -1,10 +1,12 @@
-"""Copies between host and device that do not wait, and the device's errors."""
+"""The device by name, copies that do not wait, and the device's errors."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from robustdm.errors import UsageError
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -31,17 +33,6 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def normalisable(x: Tensor, weight: Tensor | None) -> Tensor:
-    """``x`` for `torch.nn.functional.group_norm`, made contiguous where torch would crash.
-
-    Its gradient on CPUs writes to memory that it does not have (2.13: a segmentation fault) when a
-    channels-last input wants no gradient but the weight does, as behind frozen layers.
-    """
-    behind_frozen = (weight is not None and weight.requires_grad and not x.requires_grad
-                     and torch.is_grad_enabled())
-    return x.contiguous() if behind_frozen and x.device.type == "cpu" else x
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that an allocation failed, on the GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -60,3 +51,34 @@ def cudnn_benchmark(device: torch.device, wanted: bool = True) -> Iterator[None]
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, and CUDA without a number is this process's GPU: other
+    threads would take it for the first.
+
+    Raises:
+        UsageError: for a device that does not exist here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"device is {name!r}, but {count} CUDA devices are here: use cpu")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or the number of threads that the CPU may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

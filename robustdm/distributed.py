@@ -2,8 +2,8 @@
 
 Every rank computes its part of each batch. It holds the whole network, and one flat all-reduce a
 step sums the gradients, so that all take the same step and stay equal bit for bit; or it holds a
-part of the network, see `robustdm.sharded`. Random numbers belong to a sample's place in the whole
-batch, hence N ranks train what one rank trains.
+part of the network, see `robustdm.models.sharded`. Random numbers belong to a sample's place in
+the whole batch, hence N ranks train what one rank trains.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def environment() -> dict[str, str]:
     """Component -> its version, or why it is off."""
     import torch
 
-    from robustdm import native
+    from robustdm.ops import native
 
     libraries = native.status()
     return {
@@ -257,7 +257,8 @@ def _wide(*tensors):
 def _probe_draw_samples(device, dtype, backend):
     import torch
 
-    from robustdm import NoiseSchedule, ops, reference
+    from robustdm import NoiseSchedule, ops
+    from robustdm.ops import reference
 
     s = NoiseSchedule.linear(100).sqrt_one_minus_alphas_cumprod
     tables = torch.stack(((1 - s**2).sqrt(), s, s)).to(device)
@@ -270,7 +271,8 @@ def _probe_draw_samples(device, dtype, backend):
 def _probe_noise_perturb(device, dtype, backend):
     import torch
 
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     x0, _, *scales, key = _batch(device, dtype)
     got = ops.noise_perturb(x0, *scales, key, backend=backend)
@@ -281,7 +283,8 @@ def _probe_noise_perturb(device, dtype, backend):
 def _probe_noise_perturb_resident(device, dtype, backend):
     import torch
 
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     *_, signal, noise, radius, key = _batch(device, dtype)
     data = torch.randint(0, 256, (6, 3, 9, 8), dtype=torch.uint8).to(device)
@@ -296,7 +299,8 @@ def _probe_noise_perturb_resident(device, dtype, backend):
 
 
 def _probe_fgsm_project(device, dtype, backend):
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     xt, gradient, _, noise, radius, key = _batch(device, dtype)
     got = ops.fgsm_project(xt, gradient, noise, radius, key, backend=backend)
@@ -307,7 +311,8 @@ def _probe_fgsm_project(device, dtype, backend):
 def _probe_equivariance_loss(device, dtype, backend):
     import torch
 
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     o, adv, _, noise, radius, key = _batch(device, dtype)
     o, adv = o.requires_grad_(), adv.requires_grad_()
@@ -322,7 +327,8 @@ def _probe_equivariance_loss(device, dtype, backend):
 def _probe_group_norm_act(device, dtype, backend):
     import torch
 
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     x, dy = (torch.randn(2, 32, 5, 4).to(device, dtype) for _ in range(2))
     x = x.requires_grad_()
@@ -338,7 +344,8 @@ def _probe_group_norm_act(device, dtype, backend):
 def _probe_adamw_ema(device, dtype, backend):
     import torch
 
-    from robustdm import ops, reference
+    from robustdm import ops
+    from robustdm.ops import reference
 
     def state(work):
         with torch.random.fork_rng(devices=[]):
@@ -374,7 +381,7 @@ PROBES: dict[str, Callable] = {
 
 def as_text(found: dict) -> str:
     """What `examine` found, for people."""
-    from robustdm.tables import text_table
+    from robustdm.reporting.tables import text_table
 
     width = max(map(len, found["environment"]))
     lines = [f"{name:{width}}  {value}" for name, value in found["environment"].items()]

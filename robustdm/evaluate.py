@@ -120,14 +120,14 @@ def evaluate(config: EvaluateConfig) -> dict:
 def _evaluate(config: EvaluateConfig, ranks) -> dict:
     import torch
 
-    from robustdm import evaluation
-    from robustdm.baselines import from_flags
     from robustdm.data.read import read_images
-    from robustdm.features import cache_directory
-    from robustdm.sampling import batch_or_default
-    from robustdm.training.progress import sampling_progress
-    from robustdm.training.rundir import provenance
-    from robustdm.training.trainer import resolve_device
+    from robustdm.device import resolve_device
+    from robustdm.evaluation import measure
+    from robustdm.evaluation.features import cache_directory
+    from robustdm.method.baselines import from_flags
+    from robustdm.method.sampling import batch_or_default
+    from robustdm.reporting.progress import sampling_progress
+    from robustdm.runs.rundir import provenance
 
     given = [n for n in ("run", "samples", "pipeline") if getattr(config, n) is not None]
     if len(given) != 1:
@@ -137,8 +137,8 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
     with ranks.together():
         if ranks.main:
-            evaluation.check_out(out)
-    evaluation.check_metrics(config.metrics)
+            measure.check_out(out)
+    measure.check_metrics(config.metrics)
     if config.run is None and config.reference is None:
         raise UsageError("reference is not given: only a run knows its own clean data; name a "
                          "folder, zip, .npy or .npz")
@@ -146,10 +146,10 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     generator = samples = shape = None
     if config.pipeline is not None:  # of the Hub, it is fetched once
         generator = ranks.main_first(
-            lambda: evaluation.open_pipeline(config.pipeline, device, config.allow_pickle))
+            lambda: measure.open_pipeline(config.pipeline, device, config.allow_pickle))
     with ranks.together():
         if config.run is not None:
-            generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
+            generator = measure.open_run(config.run, device, config.ema, config.checkpoint)
         elif config.samples is not None and ranks.main:
             samples = read_images(config.samples, "samples")[: config.num]
             shape = tuple(samples.shape[1:])
@@ -171,11 +171,11 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     with ranks.together():
         if ranks.main:
             clean, reference, where = _reference(config, generator, shape)
-    extractor = evaluation.shared_extractor(ranks, config.features, shape, config.weights, device,
+    extractor = measure.shared_extractor(ranks, config.features, shape, config.weights, device,
                                             config.quantise)
     cache = cache_directory()
     if ranks.exchange(reference is None)[0]:
-        reference = evaluation.features_of(extractor, clean, cache, ranks=ranks)
+        reference = measure.features_of(extractor, clean, cache, ranks=ranks)
         reference = reference and reference.features
     with ranks.together():
         if ranks.main and config.save_reference is not None:
@@ -184,22 +184,22 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
     if generator is not None:
         name = generator.name + ("" if baseline is None else f", {config.baseline}")
         with sampling_progress(config.num, shown=ranks.main) as progress:
-            features, samples = evaluation.extract(extractor, evaluation.generate(
+            features, samples = measure.extract(extractor, measure.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 precision=config.precision, compile=config.compile, device=device,
                 progress=progress, ranks=ranks, sampler=config.sampler, steps=config.steps,
                 spacing=config.spacing, variance=config.variance, eta=config.eta,
-                baseline=baseline), evaluation.affordable(shape), ranks)
+                baseline=baseline), measure.affordable(shape), ranks)
     else:
         name = str(config.samples)
-        features = evaluation.features_of(extractor, samples, cache, ranks=ranks)
+        features = measure.features_of(extractor, samples, cache, ranks=ranks)
     if not ranks.main:
         return {}
-    results = evaluation.measure(features, reference, config.metrics)
+    results = measure.measure(features, reference, config.metrics)
     own = {}
     if generator is not None and generator.data is not None:
         data = generator.data
-        everything = torch.arange(min(len(data), evaluation.affordable(shape)))
+        everything = torch.arange(min(len(data), measure.affordable(shape)))
         own = {"samples": data.measure(samples), "training data": data.measure(
             data.batch(everything)), "clean data": data.measure(data.clean(everything))}
     record = {
@@ -208,7 +208,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
     }
     rows = table_rows(results, extractor)
-    from robustdm.tables import text_table
+    from robustdm.reporting.tables import text_table
 
     print(f"{len(features.features)} samples of {name} against {where}, features {extractor.name}")
     print(text_table(rows))
@@ -257,7 +257,7 @@ def _reference(config: EvaluateConfig, generator, shape: tuple[int, ...]) -> tup
 
 def table_rows(results: dict, extractor) -> dict[str, dict]:
     """The results as rows of a table."""
-    from robustdm.evaluation import label
+    from robustdm.evaluation.measure import label
 
     rows = {}
     for metric, r in results.items():
@@ -288,10 +288,10 @@ def _statistics(path: Path):
 def _page(record, rows, samples, clean, features, reference, extractor) -> str:
     import torch
 
-    from robustdm import plots, webpage
-    from robustdm.evaluation import MEANINGS, label
-    from robustdm.images import grid, to_pil
+    from robustdm.evaluation.measure import MEANINGS, label
     from robustdm.metrics import nearest
+    from robustdm.reporting import plots, webpage
+    from robustdm.reporting.images import grid, to_pil
 
     def sheet(images, caption, columns=None):
         buffer = io.BytesIO()
@@ -357,7 +357,7 @@ def _text(value) -> str:
 
 
 def _write(out: Path, record: dict, page: str) -> None:
-    from robustdm.training.rundir import write_text
+    from robustdm.runs.rundir import write_text
 
     try:
         out.mkdir(parents=True, exist_ok=True)

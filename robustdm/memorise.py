@@ -87,16 +87,16 @@ def memorise(config: MemoriseConfig) -> dict:
     """
     import torch
 
-    from robustdm import evaluation
-    from robustdm.baselines import blur
     from robustdm.data.read import read_images
-    from robustdm.features import cache_directory, load_extractor
+    from robustdm.device import resolve_device
+    from robustdm.evaluation import measure
+    from robustdm.evaluation.features import cache_directory, load_extractor
+    from robustdm.method.baselines import blur
+    from robustdm.method.sampling import batch_or_default
     from robustdm.metrics import nearest, nearness
-    from robustdm.sampling import batch_or_default
-    from robustdm.tables import text_table
-    from robustdm.training.progress import sampling_progress
-    from robustdm.training.rundir import provenance
-    from robustdm.training.trainer import resolve_device
+    from robustdm.reporting.progress import sampling_progress
+    from robustdm.reporting.tables import text_table
+    from robustdm.runs.rundir import provenance
 
     if (config.run is None) == (config.samples is None):
         raise UsageError("give one of --run and --samples")
@@ -105,11 +105,11 @@ def memorise(config: MemoriseConfig) -> dict:
     if not 0 < config.blur < 100:
         raise UsageError(f"blur is {config.blur}: it must be positive, in pixels")
     out = config.out or (Path("runs") if config.run is None else config.run) / "memorise"
-    evaluation.check_out(out)
+    measure.check_out(out)
     device = resolve_device(config.device)
     generator = heldout = None
     if config.run is not None:
-        generator = evaluation.open_run(config.run, device, config.ema, config.checkpoint)
+        generator = measure.open_run(config.run, device, config.ema, config.checkpoint)
         if not generator.is_image:
             raise UsageError(f"run is {str(config.run)!r}: it was trained on points; memorisation "
                              "is measured on images")
@@ -131,24 +131,24 @@ def memorise(config: MemoriseConfig) -> dict:
                              f"{shape}: bring them to one size first")
     extractor = load_extractor(config.features, shape, config.weights, device)
     cache = cache_directory()
-    reference = evaluation.features_of(extractor, train, cache).features
+    reference = measure.features_of(extractor, train, cache).features
     if generator is not None:
         config = replace(config, batch_size=batch_or_default(config.batch_size, shape))
         with sampling_progress(config.num) as progress:
-            features, samples = evaluation.extract(extractor, evaluation.generate(
+            features, samples = measure.extract(extractor, measure.generate(
                 generator, config.num, batch_size=config.batch_size, seed=config.seed,
                 device=device, progress=progress, sampler=config.sampler, steps=config.steps))
         features = features.features
     else:
         samples = samples[: config.num]
-        features = evaluation.features_of(extractor, samples, cache).features
+        features = measure.features_of(extractor, samples, cache).features
     found = {"samples": nearest(features, reference)}
     if heldout is not None:
         found["held-out images"] = nearest(
-            evaluation.features_of(extractor, heldout, cache).features, reference)
+            measure.features_of(extractor, heldout, cache).features, reference)
     blurred = blur(train[: config.num], config.blur)
     found["blurred training images"] = nearest(
-        evaluation.features_of(extractor, blurred).features, reference)
+        measure.features_of(extractor, blurred).features, reference)
     # Not a control but a scale: how near the training images are to one another.
     found["training images, themselves left out"] = nearest(
         reference[: config.num], reference, exclude_self=True)
@@ -169,9 +169,9 @@ def memorise(config: MemoriseConfig) -> dict:
 def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
     import torch
 
-    from robustdm import plots, webpage
-    from robustdm.images import grid, to_pil
-    from robustdm.training.rundir import write_text
+    from robustdm.reporting import plots, webpage
+    from robustdm.reporting.images import grid, to_pil
+    from robustdm.runs.rundir import write_text
 
     try:
         out.mkdir(parents=True, exist_ok=True)

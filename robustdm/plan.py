@@ -77,9 +77,9 @@ def plan(config: PlanConfig) -> dict:
     Raises:
         UsageError: for a wrong setting or data, or if nothing keeps enough signal.
     """
-    from robustdm.planner import Setting, best, candidates, predict
-    from robustdm.schedule import NoiseSchedule
-    from robustdm.tables import text_table
+    from robustdm.method.closed_form import Setting, best, candidates, predict
+    from robustdm.method.schedule import NoiseSchedule
+    from robustdm.reporting.tables import text_table
 
     if not 0 < config.keep < 1:
         raise UsageError(f"keep is {config.keep}: it must be between 0 and 1")
@@ -154,7 +154,7 @@ def _signal(config: PlanConfig):
     """Variances of the clean signal's components, the corruption's sd, and where from."""
     import torch
 
-    from robustdm.planner import noise_in_tail, spectrum
+    from robustdm.method.closed_form import noise_in_tail, spectrum
 
     if config.signal_sd:
         if config.data is not None:
@@ -175,7 +175,7 @@ def _signal(config: PlanConfig):
                              "estimate; give --sigma, or data of your own as --data")
     else:
         from robustdm.data import load_data
-        from robustdm.training.config import TrainConfig, preset_values
+        from robustdm.runs.config import TrainConfig, preset_values
 
         fields = preset_values("folder") | dict(
             data_dir=config.data, resolution=config.resolution, corrupt_fraction=0.0, holdout=0.0)
@@ -201,8 +201,8 @@ def _figure(config, schedule, rows, signal, sigma, sampling) -> None:
     """What is kept over the component's own deviation, and the data's spectrum below it."""
     import torch
 
-    from robustdm import plots
-    from robustdm.planner import predict
+    from robustdm.method.closed_form import predict
+    from robustdm.reporting import plots
 
     sds = torch.logspace(-2.5, 0.7, 60, dtype=torch.float64)
     made, axes = plots.figure(1, 1, size=(6.0, 4.0))
@@ -231,12 +231,12 @@ def compare(path: Path) -> str:
     Raises:
         UsageError: if the file is none, or holds neither subspace nor digits arms.
     """
-    from robustdm.perturbation import Perturbation
-    from robustdm.planner import Setting
+    from robustdm.method.closed_form import Setting
+    from robustdm.method.perturbation import Perturbation
+    from robustdm.models.load_run import perturbation_of
+    from robustdm.reporting.tables import text_table
+    from robustdm.runs.config import TrainConfig
     from robustdm.studies.runner import read_arms
-    from robustdm.tables import text_table
-    from robustdm.training.config import TrainConfig
-    from robustdm.training.run import perturbation_of
 
     arms = read_arms(path, "compare")
     tables = []
@@ -276,9 +276,9 @@ def compare(path: Path) -> str:
 def _subspace_measures(config, setting) -> dict[str, float]:
     import torch
 
-    from robustdm.planner import generated_deviation
+    from robustdm.method.closed_form import generated_deviation
+    from robustdm.models.load_run import schedule_of
     from robustdm.studies.subspace import SDS
-    from robustdm.training.run import schedule_of
 
     noise = config.corrupt_fraction * config.corrupt_sigma**2
     truth = torch.tensor(SDS, dtype=torch.float64)
@@ -293,8 +293,8 @@ def _digits_measures(config, setting) -> dict[str, float]:
     import torch
 
     from robustdm.data.digits import CONSTANT_SD, load_digits
-    from robustdm.planner import generated_deviation
-    from robustdm.training.run import schedule_of
+    from robustdm.method.closed_form import generated_deviation
+    from robustdm.models.load_run import schedule_of
 
     x = load_digits().flatten(1).double()
     variances, axes = torch.linalg.eigh(torch.cov(x.T))

@@ -103,12 +103,18 @@ def generate(config: SampleConfig) -> Path:
 def _generate(config: SampleConfig, ranks) -> Path:
     import torch
 
-    from robustdm.baselines import from_flags
-    from robustdm.inference import fast_network
-    from robustdm.sampling import batch_or_default, check_settings, enough_memory, sample, timesteps
-    from robustdm.training.progress import sampling_progress
-    from robustdm.training.run import load_run
-    from robustdm.training.trainer import resolve_device
+    from robustdm.device import resolve_device
+    from robustdm.method.baselines import from_flags
+    from robustdm.method.sampling import (
+        batch_or_default,
+        check_settings,
+        enough_memory,
+        sample,
+        timesteps,
+    )
+    from robustdm.models.inference import fast_network
+    from robustdm.models.load_run import load_run
+    from robustdm.reporting.progress import sampling_progress
 
     out = config.run / "generated" if config.out is None else config.out
     with ranks.together():
@@ -205,7 +211,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def _record(config: SampleConfig, run, clip: bool, seconds: float, made: dict) -> dict:
     """What made these samples, for sample.json."""
-    from robustdm.training.rundir import provenance
+    from robustdm.runs.rundir import provenance
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     return {
@@ -225,7 +231,7 @@ def _record(config: SampleConfig, run, clip: bool, seconds: float, made: dict) -
 def _write(out: Path, samples, is_image: bool, record: dict) -> None:
     import numpy as np
 
-    from robustdm import images
+    from robustdm.reporting import images
 
     out.mkdir(parents=True, exist_ok=True)
     # Pictures of an earlier, larger set must not stay among the new ones.

@@ -87,10 +87,10 @@ def measure_steps(config: StepsConfig) -> dict:
 
 
 def _measure_steps(config: StepsConfig, ranks) -> dict:
-    from robustdm.comparison import Comparison, open_runs
-    from robustdm.evaluation import check_out
-    from robustdm.sampling import timesteps
-    from robustdm.training.trainer import resolve_device
+    from robustdm.device import resolve_device
+    from robustdm.evaluation.compare import Comparison, open_runs
+    from robustdm.evaluation.measure import check_out
+    from robustdm.method.sampling import timesteps
 
     for name in ("steps", "samplers", "spacings"):
         if not getattr(config, name):

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         return 0
     if result.summary:
-        from robustdm.tables import text_table
+        from robustdm.reporting.tables import text_table
 
         print(text_table(result.summary["measures"]))
         print(f"report: {result.directory / 'report.html'}")

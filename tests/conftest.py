@@ -93,7 +93,7 @@ def figures_undrawn(request):
     dot = io.BytesIO()
     Image.new("L", (1, 1)).save(dot, "png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("robustdm.plots.png_bytes", lambda figure: dot.getvalue())
+        patch.setattr("robustdm.reporting.plots.png_bytes", lambda figure: dot.getvalue())
         yield
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from robustdm import reference
+from robustdm.ops import reference
 
 ALL = ("affine", "scale", "add", "silu", "dropout")
 

@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustdm import NoiseSchedule, Objective, Perturbation, UsageError, fast_network
-from robustdm.attacks import TrajectoryAttack, attacked_steps
+from robustdm.method.sampling import Respaced, sample, timesteps
+from robustdm.method.trajectory_attack import TrajectoryAttack, attacked_steps
 from robustdm.models import PointMLP
-from robustdm.random import Stream, element_index, normal, philox
-from robustdm.sampling import Respaced, sample, timesteps
+from robustdm.ops.stream import Stream, element_index, normal, philox
 
 SCHEDULE = NoiseSchedule.linear(1000)
 CHAIN = Respaced(SCHEDULE, timesteps(SCHEDULE, 10))

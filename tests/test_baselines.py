@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from robustdm import NoiseSchedule, UsageError
-from robustdm.baselines import DEFAULT_STRENGTH, Baseline, Shrunk
-from robustdm.perturbation import Perturbation
-from robustdm.planner import Setting, generated_deviation
-from robustdm.sampling import sample, timesteps
+from robustdm.method.baselines import DEFAULT_STRENGTH, Baseline, Shrunk
+from robustdm.method.closed_form import Setting, generated_deviation
+from robustdm.method.perturbation import Perturbation
+from robustdm.method.sampling import sample, timesteps
 
 SCHEDULE = NoiseSchedule.linear(1000)
 SDS = torch.tensor([0.03, 0.1, 0.3, 1.0])

@@ -10,7 +10,7 @@ import torch
 
 from robustdm import NoiseSchedule, Objective
 from robustdm.models import build_model
-from robustdm.training.config import TrainConfig
+from robustdm.runs.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustdm import RunError, UsageError, native, ops, reference
+from robustdm import RunError, UsageError, ops
 from robustdm.models import build_model
+from robustdm.ops import native, reference
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -447,7 +448,8 @@ def test_a_provider_that_raises(monkeypatch, tmp_path):
 
 
 def test_what_cannot_be_compiled_is_off(monkeypatch):
-    monkeypatch.setattr("robustdm.inference.compile_network", lambda model, probe: "no compiler")
+    monkeypatch.setattr("robustdm.models.inference.compile_network",
+                        lambda model, probe: "no compiler")
     task = sampling.make_task(run.BenchmarkConfig("sampling", tiny=True), CPU)
     provider = next(p for p in sampling.providers(CPU) if p.name == "ours compile")
     rows, _ = sampling._checked(provider, task, {}, late=False)

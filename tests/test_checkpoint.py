@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from robustdm.errors import RunError, UsageError
-from robustdm.training import checkpoint
-from robustdm.training.checkpoint import (
+from robustdm.models.weights import check_model_shapes, load_optimizer, optimizer_tensors
+from robustdm.runs import checkpoint
+from robustdm.runs.checkpoint import (
     CheckpointError,
     clean_stale,
     list_checkpoints,
@@ -26,7 +27,6 @@ from robustdm.training.checkpoint import (
     save_checkpoint,
     verify,
 )
-from robustdm.training.restore import check_model_shapes, load_optimizer, optimizer_tensors
 
 
 def tensors_of(seed):

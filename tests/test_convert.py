@@ -10,9 +10,9 @@ from improved_unet import ARCHITECTURES, make
 
 from robustdm.convert import main
 from robustdm.errors import RunError, UsageError
+from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import improved
-from robustdm.pipeline import save_pipeline
-from robustdm.schedule import NoiseSchedule
+from robustdm.models.pipeline import save_pipeline
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([7, 390])
@@ -103,7 +103,7 @@ def test_verify_notices_a_wrong_conversion(tmp_path, monkeypatch):
 def test_our_own_presets_go_to_improved_diffusion(tmp_path):
     """The network of scale_shift_norm, whose head width is one number."""
     from robustdm.models import unet_config
-    from robustdm.training.config import TrainConfig
+    from robustdm.runs.config import TrainConfig
 
     config = TrainConfig(block_channels=(32, 64), norm_groups=32, scale_shift_norm=True,
                          attention_resolutions=(4,), attention_head_dim=16, resolution=8)

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from robustdm.data import Corruption, batches, load_data
+from robustdm.data.base import ImageTensor
 from robustdm.data.corruption import Jpeg, MissingPixels, Outliers, SaltAndPepper
-from robustdm.data.images import ImageFiles, ImageTensor
+from robustdm.data.images import ImageFiles
 from robustdm.errors import UsageError
-from robustdm.random import LAYOUT_VERSION, Stream, philox_int
-from robustdm.resident import ResidentBatch
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.ops.resident import ResidentBatch
+from robustdm.ops.stream import LAYOUT_VERSION, Stream, philox_int
+from robustdm.runs.config import TrainConfig, preset_values
 
 SIDE = 16
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, SIDE, SIDE, 3), dtype=np.uint8)

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from robustdm.data import Corruption, SubspaceData, TensorData, batches, load_data
-from robustdm.data.base import split
-from robustdm.data.images import ImageTensor
+from robustdm.data.base import ImageTensor, split
 from robustdm.data.subspace import principal_components
 from robustdm.errors import UsageError
-from robustdm.random import shuffled
-from robustdm.resident import ResidentBatch
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.ops.resident import ResidentBatch
+from robustdm.ops.stream import shuffled
+from robustdm.runs.config import TrainConfig, preset_values
 
 
 def config(preset="digits", **values):

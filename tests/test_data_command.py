@@ -15,9 +15,9 @@ from robustdm import train
 from robustdm.data.__main__ import DataConfig, look, main
 from robustdm.data.corruption import SaltAndPepper
 from robustdm.errors import UsageError
-from robustdm.images import VISIBLE_PIXELS
-from robustdm.random import shuffled
-from robustdm.training.config import TrainConfig
+from robustdm.ops.stream import shuffled
+from robustdm.reporting.images import VISIBLE_PIXELS
+from robustdm.runs.config import TrainConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "data.md"
 SIDE = 16

@@ -20,12 +20,14 @@ from PIL import Image, PngImagePlugin
 from robustdm.data import batches, files, load_data
 from robustdm.data import decode as decode_module
 from robustdm.data.arrays import load_array
+from robustdm.data.base import ImageTensor
 from robustdm.data.decode import BadImage, Header, decode, quiet, read_header
-from robustdm.data.images import ImageFiles, ImageTensor
+from robustdm.data.images import ImageFiles
 from robustdm.data.read import read_images
+from robustdm.data.workers import Collate
 from robustdm.errors import RunError, UsageError
 from robustdm.metrics import FeatureStatistics
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig, preset_values
 
 SIDE = 8
 
@@ -572,7 +574,7 @@ def test_what_a_worker_raises_is_one_line_and_batches_need_no_shared_memory(tmp_
     def slip(*_):
         raise KeyError("a slip")
 
-    monkeypatch.setattr(files.Collate, "__call__", slip)
+    monkeypatch.setattr(Collate, "__call__", slip)
     for workers in (0, 1):
         with pytest.raises(RunError, match=r"failed: (KeyError: )?'a slip'; go on with --resume"):
             _stream(tmp_path, 1, workers=workers)

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from robustdm.data import batches, databases, load_data, streamed
+from robustdm.data.base import ImageTensor
 from robustdm.data.decode import BadImage, decode, read_header
-from robustdm.data.images import ImageFiles, ImageTensor
+from robustdm.data.images import ImageFiles
 from robustdm.data.read import read_images
 from robustdm.errors import RunError, UsageError
-from robustdm.random import shuffled
-from robustdm.training.config import PRESETS, TrainConfig, preset_values
+from robustdm.ops.stream import shuffled
+from robustdm.runs.config import PRESETS, TrainConfig, preset_values
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)

@@ -24,11 +24,11 @@ from robustdm.data.base import TensorData
 from robustdm.data.streamed import StreamedImages
 from robustdm.distributed import ALONE, Ranks, _meet, bits, join
 from robustdm.errors import RunError, UsageError
+from robustdm.runs.checkpoint import CheckpointError, list_checkpoints, load_newest
+from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.rundir import RunDir
 from robustdm.training import loop, trainer
-from robustdm.training.checkpoint import CheckpointError, list_checkpoints, load_newest
-from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.loop import train
-from robustdm.training.rundir import RunDir
 from robustdm.training.trainer import Trainer
 
 TINY = preset_values("plane") | dict(
@@ -437,7 +437,7 @@ def test_a_full_disk_is_tried_again_when_the_next_save_is_due(tmp_path, monkeypa
 
 
 def full_disk(rank, config):
-    import robustdm.training.checkpoint as checkpoint
+    import robustdm.runs.checkpoint as checkpoint
 
     def full(*_):
         raise OSError(28, "No space left on device")

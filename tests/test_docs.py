@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_data_cifar import pack, python_files
 
-from robustdm import NoiseSchedule, planner, pretrained, reproduce, train
+from robustdm import NoiseSchedule, reproduce, train
 from robustdm.errors import RobustDMError
-from robustdm.models import PointMLP
-from robustdm.pipeline import save_pipeline
+from robustdm.method import closed_form
+from robustdm.models import PointMLP, pretrained
+from robustdm.models.pipeline import save_pipeline
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "benchmarks/README.md", *sorted(
@@ -184,8 +185,8 @@ def tiny(words):
 
 def test_a_walk_through_the_documents(place, monkeypatch, capsys):
     """As a reader would: one command after the other, and what they print stays unread."""
-    few = planner.candidates()[::60]
-    monkeypatch.setattr(planner, "candidates", lambda: few)
+    few = closed_form.candidates()[::60]
+    monkeypatch.setattr(closed_form, "candidates", lambda: few)
     monkeypatch.setattr(reproduce, "import_module", lambda name: MagicMock())  # no study runs
     done = []
     for name in WALKED:

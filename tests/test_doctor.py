@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robustdm import doctor, native, ops, reference
+from robustdm import doctor, ops
+from robustdm.ops import native, reference
 
 
 @pytest.fixture

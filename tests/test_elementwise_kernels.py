@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import HAS_GPU
 
-from robustdm import random, reference
-from robustdm.random import Stream
+from robustdm.ops import reference, stream
+from robustdm.ops.stream import Stream
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -66,7 +66,7 @@ def image(shape, channels_last, seed=0):
 
 
 def test_the_layout_is_that_of_the_reference():
-    assert philox.LAYOUT_VERSION.value == random.LAYOUT_VERSION
+    assert philox.LAYOUT_VERSION.value == stream.LAYOUT_VERSION
     streams = [s for s in Stream if hasattr(philox, s.name)]
     assert {Stream.ELEMENT, Stream.DELTA, Stream.SAMPLE, Stream.FLIP} < set(streams)
     assert all(getattr(philox, s.name).value == s for s in streams)
@@ -80,7 +80,7 @@ def test_words_are_equal_also_where_an_index_carries(first, aligned):
     out = torch.zeros(4, 16, dtype=torch.int64, device=DEVICE)
     _words_kernel[(1,)](key_of(first), out, int(Stream.DELTA), 16, aligned)
     index = torch.arange(first, first + 16, device=DEVICE)
-    assert torch.equal(out, torch.stack(random.philox(SEED, STEP, index, Stream.DELTA)))
+    assert torch.equal(out, torch.stack(stream.philox(SEED, STEP, index, Stream.DELTA)))
 
 
 def test_uniforms_and_normals_of_words():
@@ -92,8 +92,8 @@ def test_uniforms_and_normals_of_words():
     out = torch.full((5, 4096), float("nan"), device=DEVICE)
     _numbers_kernel[(1,)](word, out, 4096)
     uniform, signed, length, sine, cosine = out
-    assert torch.equal(uniform, random.uniform(word))
-    assert torch.equal(signed, random.signed_uniform(word))
+    assert torch.equal(uniform, stream.uniform(word))
+    assert torch.equal(signed, stream.signed_uniform(word))
 
     u = (word.float() * 2.0**-32).clamp(min=2.0**-33).double()
     wanted = (-2 * u.log()).sqrt()
@@ -148,7 +148,7 @@ def test_samples_of_several_programs(shape, channels_last, dtype, first):
     # x0 = 0 and unit scales leave eps itself.
     one = torch.ones_like(signal)
     eps, _ = noise_perturb.noise_perturb(0 * x.float(), one, one, radius, key, torch.float32)
-    assert (eps - random.element_noise(key, shape)[0]).abs().max() <= 2e-6
+    assert (eps - stream.element_noise(key, shape)[0]).abs().max() <= 2e-6
 
 
 def test_an_index_carries_within_a_sample():

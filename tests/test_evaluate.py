@@ -9,20 +9,12 @@ import pytest
 import torch
 from test_sample import make_run
 
-from robustdm import (
-    RunError,
-    UsageError,
-    attack,
-    evaluate,
-    evaluation,
-    features,
-    memorise,
-    steps,
-)
-from robustdm.baselines import blur
+from robustdm import RunError, UsageError, attack, evaluate, memorise, steps
 from robustdm.data.digits import load_digits
-from robustdm.images import save_images
+from robustdm.evaluation import features, measure
+from robustdm.method.baselines import blur
 from robustdm.metrics import FeatureStatistics, frechet_distance
+from robustdm.reporting.images import save_images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +86,7 @@ def test_samples_that_are_there(digits_npz, tmp_path):
                 tmp_path / "ref.npz")["results"]
     assert set(clean) == {"frechet", "inception_score", "deviation"}
     with pytest.raises(UsageError, match="64 features and the samples 16: .*another extractor"):
-        evaluation.measure(features.Features(torch.zeros(20, 16), None),
+        measure.measure(features.Features(torch.zeros(20, 16), None),
                            FeatureStatistics.load(tmp_path / "ref.npz"), ("deviation",))
     assert clean["frechet"]["value"] < 0.4 * noisy["frechet"]["value"]
     assert clean["frechet"]["parts"] == 5
@@ -129,7 +121,7 @@ def test_running_out_of_memory_names_the_remedy(digits_run, tmp_path, monkeypatc
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluation, "sample", fail)
+    monkeypatch.setattr(measure, "sample", fail)
     with pytest.raises(RunError, match="out of memory at batch_size 80: try --batch-size 40"):
         run(evaluate, tmp_path / "out", "--run", digits_run, "--num", 80)
 
@@ -141,8 +133,8 @@ def test_points_are_evaluated(plane_run, tmp_path):
 
 
 def test_a_pipeline_is_evaluated(digits_run, digits_npz, tmp_path):
-    from robustdm.pipeline import save_pipeline
-    from robustdm.training.run import load_run
+    from robustdm.models.load_run import load_run
+    from robustdm.models.pipeline import save_pipeline
 
     loaded = load_run(digits_run)
     save_pipeline(loaded.model, loaded.schedule, tmp_path / "pipe", clip_sample=False)
@@ -155,13 +147,13 @@ def test_a_pipeline_is_evaluated(digits_run, digits_npz, tmp_path):
 def test_samples_beyond_those_kept_take_no_memory():
     extractor = features.load_extractor("digits", (1, 8, 8))
     made = [torch.rand(6, 1, 8, 8) for _ in range(3)]
-    found, kept = evaluation.extract(extractor, iter(made), keep=8)
-    whole, every = evaluation.extract(extractor, iter(made))
+    found, kept = measure.extract(extractor, iter(made), keep=8)
+    whole, every = measure.extract(extractor, iter(made))
     assert torch.equal(kept, every[:8]) and torch.equal(every, torch.cat(made))
     assert torch.equal(found.features, whole.features) and len(whole.features) == 18
     assert kept.untyped_storage().nbytes() == 8 * 64 * 4
     # Images of 256 x 256: a thousand and some, not fifty thousand.
-    assert evaluation.affordable((3, 256, 256)) == 1365 and evaluation.affordable((3,)) > 1e7
+    assert measure.affordable((3, 256, 256)) == 1365 and measure.affordable((3,)) > 1e7
 
 
 def test_kept_features_are_only_found_by_the_same_images_and_extractor(tmp_path):
@@ -177,18 +169,18 @@ def test_kept_features_are_only_found_by_the_same_images_and_extractor(tmp_path)
             return plain(images)
 
     extractor = Counted()
-    first = evaluation.features_of(extractor, x, tmp_path)
-    again = evaluation.features_of(extractor, x, tmp_path)
+    first = measure.features_of(extractor, x, tmp_path)
+    again = measure.features_of(extractor, x, tmp_path)
     assert sum(calls) == 30 and torch.equal(first.features, again.features)
     assert torch.equal(first.logits, again.logits)
-    evaluation.features_of(extractor, x + 1e-3, tmp_path)
+    measure.features_of(extractor, x + 1e-3, tmp_path)
     assert sum(calls) == 60
     extractor.identity = plain.identity | {"quantise": True}
-    evaluation.features_of(extractor, x, tmp_path)
+    measure.features_of(extractor, x, tmp_path)
     assert sum(calls) == 90
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
-    assert torch.equal(evaluation.features_of(extractor, x, tmp_path).features, first.features)
+    assert torch.equal(measure.features_of(extractor, x, tmp_path).features, first.features)
 
 
 def test_extractors(tmp_path):
@@ -309,8 +301,8 @@ def bad(module, words, *flags, error=UsageError):
 
 
 def test_a_pipeline_s_own_python_files_are_not_run(digits_run, digits_npz, tmp_path):
-    from robustdm.pipeline import save_pipeline
-    from robustdm.training.run import load_run
+    from robustdm.models.load_run import load_run
+    from robustdm.models.pipeline import save_pipeline
 
     loaded, folder = load_run(digits_run), tmp_path / "pipe"
     save_pipeline(loaded.model, loaded.schedule, folder, clip_sample=False)
@@ -319,7 +311,7 @@ def test_a_pipeline_s_own_python_files_are_not_run(digits_run, digits_npz, tmp_p
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "unet" / "evil.py").write_text(
         f"open({str(tmp_path / 'trap')!r}, 'w')\nfrom diffusers import UNet2DModel as Evil\n")
-    evaluation.open_pipeline(str(folder), "cpu")
+    measure.open_pipeline(str(folder), "cpu")
     assert not (tmp_path / "trap").exists()
     bad(evaluate, "named by --run", "--pipeline", digits_run, "--reference", digits_npz / "x")
 
@@ -382,7 +374,7 @@ def test_a_place_for_results_is_checked_before_the_work(
         raise AssertionError("it began to work")
 
     for name in ("open_run", "features_of", "measure"):
-        monkeypatch.setattr(evaluation, name, work)
+        monkeypatch.setattr(measure, name, work)
     monkeypatch.setattr(features, "load_extractor", work)
     (tmp_path / "file").write_text("x")
     source = (digits_run,) if module in (attack, steps) else ("--run", digits_run)
@@ -413,7 +405,7 @@ def test_weights_out_of_reach_are_one_line(digits_npz, monkeypatch):
 
 
 def test_a_run_without_its_average_is_one_line(tmp_path):
-    from robustdm.training.checkpoint import save_checkpoint
+    from robustdm.runs.checkpoint import save_checkpoint
 
     run_dir = make_run(tmp_path / "run", block_channels=(8, 8))
     shutil.rmtree(run_dir / "checkpoints")

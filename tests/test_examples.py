@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from robustdm.data import batches, load_data
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

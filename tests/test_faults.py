@@ -22,7 +22,7 @@ def test_a_tenth_of_all_trials_ends_as_its_rules_say(tmp_path):
     # Without the figures of reports, which take most of a tiny run's time.
     dot = io.BytesIO()
     Image.new("L", (1, 1)).save(dot, "png")
-    undrawn = f"import robustdm.plots as p; p.png_bytes = lambda made: {dot.getvalue()!r}"
+    undrawn = f"import robustdm.reporting.plots as p; p.png_bytes = lambda made: {dot.getvalue()!r}"
     done = campaign("--tenth", "--seed", "1", "--out", str(tmp_path / "record.jsonl"),
                     before=undrawn)
     print(done.stdout)
@@ -33,7 +33,7 @@ def test_a_tenth_of_all_trials_ends_as_its_rules_say(tmp_path):
 
 
 def test_the_campaign_sees_a_library_that_verifies_nothing():
-    blind = "import robustdm.training.checkpoint as c; c.verify = lambda path: []"
+    blind = "import robustdm.runs.checkpoint as c; c.verify = lambda path: []"
     done = campaign("--group", "F5", "--trial", "0", before=blind)
     assert done.returncode == 1 and "FAIL F5 --trial 0: flipped bit" in done.stdout
 

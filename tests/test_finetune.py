@@ -13,13 +13,13 @@ from robustdm import ops
 from robustdm.cli import guard, parse_train
 from robustdm.errors import UsageError
 from robustdm.models.build import freeze
+from robustdm.models.load_run import load_run
 from robustdm.models.mlp import PointMLP
+from robustdm.runs.checkpoint import load_newest
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.train import main
-from robustdm.training.checkpoint import load_newest
-from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.optimizer import EMA
-from robustdm.training.run import load_run
 from robustdm.training.trainer import Trainer
 
 CPP = ops.why_off("cpp", "adamw_ema", torch.device("cpu"))

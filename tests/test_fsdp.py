@@ -12,14 +12,14 @@ import torch
 from test_distributed import TINY, UNET, assert_equal, go, tiny, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import robustdm.training.checkpoint as checkpoint
+import robustdm.runs.checkpoint as checkpoint
 import robustdm.training.trainer as trainer_module
 from robustdm.data import batches
 from robustdm.distributed import join, whole
 from robustdm.errors import UsageError
-from robustdm.sharded import blocks
-from robustdm.training.checkpoint import load_newest
-from robustdm.training.config import TrainConfig
+from robustdm.models.sharded import blocks
+from robustdm.runs.checkpoint import load_newest
+from robustdm.runs.config import TrainConfig
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.trainer import Trainer
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustdm
-from robustdm import NoiseSchedule, Objective, UsageError, dropout
+from robustdm import NoiseSchedule, Objective, UsageError
 from robustdm.models import build_model
-from robustdm.training.config import TrainConfig
+from robustdm.ops import dropout
+from robustdm.runs.config import TrainConfig
 
 KINDS = {
     "ddpm": dict(attention_resolutions=(4,)),

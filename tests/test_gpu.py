@@ -12,8 +12,8 @@ from conftest import HAS_GPU, TOLERANCE, relative_error
 from test_ops import TABLES, draw, noisy
 
 from robustdm import ops
-from robustdm.data.images import ImageTensor
-from robustdm.training.config import TrainConfig
+from robustdm.data.base import ImageTensor
+from robustdm.runs.config import TrainConfig
 from robustdm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

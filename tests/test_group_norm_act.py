@@ -13,8 +13,9 @@ import group_norm  # noqa: E402
 from group_norm import ALL, CASES, arguments, error, gradients, images, oracle  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from robustdm import ops, random  # noqa: E402
+from robustdm import ops  # noqa: E402
 from robustdm.kernels import group_norm_act as kernels  # noqa: E402
+from robustdm.ops import stream  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest where there is no GPU
     pytest.skip("on a GPU, tests/test_ops.py runs the compiled kernels", allow_module_level=True)
@@ -95,7 +96,7 @@ def check(shape, groups, features, dtype, parameter_dtype=torch.float32):
     assert mean.dtype == rstd.dtype == sums.dtype == torch.float32
     assert error(y, wanted_y) < FORWARD[dtype]
     if "dropout" in features:
-        assert torch.equal(unpacked(keep, shape), random.dropout_mask(
+        assert torch.equal(unpacked(keep, shape), stream.dropout_mask(
             options["key"], shape, options["layer"], options["dropout"]))
     else:
         assert keep.numel() == 0
@@ -149,7 +150,7 @@ def test_dropout_is_that_of_the_reference_however_the_batch_is_split(path, first
     tensors, options = arguments(shape, ("affine", "dropout"), torch.float32)
     options |= {"layer": layer, "dropout": rate, "key": torch.tensor([2**32 - 1, 9, first])}
     y = forward(tensors, options, groups)[0]
-    assert torch.equal(y != 0, random.dropout_mask(options["key"], shape, layer, rate))
+    assert torch.equal(y != 0, stream.dropout_mask(options["key"], shape, layer, rate))
     tensors["x"], options["key"] = tensors["x"][1:], options["key"] + torch.tensor([0, 0, 1])
     assert torch.allclose(forward(tensors, options, groups)[0], y[1:], rtol=1e-6, atol=1e-6)
 
@@ -228,8 +229,8 @@ def test_empty_batch():
 
 
 def test_dropout_constants_are_those_of_the_random_module():
-    assert kernels._STREAM == random.Stream.DROPOUT_MASK
-    assert kernels._LAYOUT.value == random.LAYOUT_VERSION
+    assert kernels._STREAM == stream.Stream.DROPOUT_MASK
+    assert kernels._LAYOUT.value == stream.LAYOUT_VERSION
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

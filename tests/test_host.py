@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from robustdm import UsageError, host
-from robustdm.inference import fast_network
 from robustdm.models import PointMLP
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.models.inference import fast_network
+from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.rundir import read_config
 from robustdm.training.loop import train
-from robustdm.training.rundir import read_config
 from robustdm.training.trainer import Trainer
 
 
@@ -137,7 +137,7 @@ def test_a_run_that_cannot_have_its_threads_again_says_so(tmp_path, four_threads
     train(config_of(tmp_path, threads=64, stop_after=70), "off")
     four_threads.append(4)
     said = []
-    monkeypatch.setattr("robustdm.training.progress.Progress.message",
+    monkeypatch.setattr("robustdm.reporting.progress.Progress.message",
                         lambda self, text: said.append(text))
     values = read_config(tmp_path) | {"resume": True}
     assert values["threads"] == 64

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from robustdm.errors import UsageError
-from robustdm.images import grid, save_grid, save_images, to_uint8
+from robustdm.reporting.images import grid, save_grid, save_images, to_uint8
 
 
 def test_pixels_invert_the_usual_scaling():

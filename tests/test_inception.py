@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from robustdm import evaluate
-from robustdm.features import load_extractor
+from robustdm.evaluation.features import load_extractor
 
 pytest.importorskip("torch_fidelity")
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import robustdm
-from robustdm import NoiseSchedule, UsageError, inference, native
-from robustdm.inference import fast_network
-from robustdm.models import PointMLP, build_model
-from robustdm.sampling import sample
-from robustdm.training.config import TrainConfig
+from robustdm import NoiseSchedule, UsageError
+from robustdm.method.sampling import sample
+from robustdm.models import PointMLP, build_model, inference
+from robustdm.models.inference import fast_network
+from robustdm.ops import native
+from robustdm.runs.config import TrainConfig
 
 HAS_CPP = native.status()["cpu"][0]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from robustdm.errors import UsageError
-from robustdm.training.config import TrainConfig
-from robustdm.training.logging import Logger, flatten, make_loggers
-from robustdm.training.progress import Progress, duration
+from robustdm.reporting.progress import Progress, duration
+from robustdm.runs.config import TrainConfig
+from robustdm.training.trackers import Logger, flatten, make_loggers
 
 
 class Recorder:

@@ -16,14 +16,14 @@ from robustdm import sample
 from robustdm.convert import ConvertConfig, convert
 from robustdm.errors import RunError, UsageError
 from robustdm.models import lora
-from robustdm.pretrained import open_source, settle
+from robustdm.models.load_run import load_run
+from robustdm.models.pretrained import open_source, settle
+from robustdm.runs.checkpoint import load_newest, save_checkpoint, save_origin
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import write_text
 from robustdm.train import main
-from robustdm.training.checkpoint import load_newest, save_checkpoint, save_origin
-from robustdm.training.config import TrainConfig
 from robustdm.training.loop import describe
 from robustdm.training.memory import estimate_bytes
-from robustdm.training.run import load_run
-from robustdm.training.rundir import write_text
 from robustdm.training.trainer import Trainer
 
 LAYERS = {"mid_block.attentions.0.to_q": (16, 16), "down_blocks.1.resnets.0.conv1": (16, 8, 3, 3)}

@@ -14,7 +14,7 @@ import group_norm
 import pytest
 import torch
 
-from robustdm import native, random, reference
+from robustdm.ops import native, reference, stream
 
 ROOT = Path(__file__).parent.parent
 AVAILABLE, REASON = native.status()["cpu"]
@@ -132,7 +132,7 @@ def test_noise_perturb(shape, dtype, last):
 def test_eps_and_delta_are_those_of_the_stream(shape, last, variant):
     (x0,) = batch(shape, last=last)
     zero, one = torch.zeros(shape[0]), torch.ones(shape[0])
-    eps, unit = random.element_noise(KEY, shape)
+    eps, unit = stream.element_noise(KEY, shape)
     got, _ = native.noise_perturb(x0, zero, one, zero, KEY, torch.float32)
     assert not got.numel() or (got - eps).abs().max() <= 2e-6
     # x_t = 0, so x_ran is delta_ran itself.
@@ -163,7 +163,7 @@ def test_normals_of_the_header_at_the_edges_and_in_general(tmp_path):
     library = ctypes.CDLL(str(tmp_path / "philox.so"))
     edge = torch.tensor([0, 1, 2, 2**29, 2**30 - 1, 2**30, 2**31, 3 * 2**30, 2**32 - 129,
                          2**32 - 128, 2**32 - 1])
-    w0, w1, _, _ = random.philox(1, 2, torch.arange(100_000), 0)
+    w0, w1, _, _ = stream.philox(1, 2, torch.arange(100_000), 0)
     w0 = torch.cat((edge.repeat(len(edge)), w0))
     w1 = torch.cat((edge.repeat_interleave(len(edge)), w1))
     got = torch.zeros(2, len(w0))
@@ -326,7 +326,7 @@ def test_resident_flips_and_corrupts_what_the_reference_does():
         wanted = reference.load_resident(data, items, KEY, *source)
         assert (got - wanted).abs().max() <= 1e-6
     # The choice uses all 24 bits of the number that is compared.
-    share = random.uniform(random.philox(3, 0, items, random.Stream.CORRUPT_CHOICE)[0])
+    share = stream.uniform(stream.philox(3, 0, items, stream.Stream.CORRUPT_CHOICE)[0])
     for k in range(8):
         got, _ = native.noise_perturb_resident(
             data, items, one, zero, zero, KEY, torch.float32, False, float(share[k]), 0.2, 3
@@ -363,7 +363,7 @@ def test_equivariance_loss(shape, dtype, last):
     ]
     for a, d, invariance, detach in cases:
         got = native.equivariance_loss(o, a, d, radius, lam, KEY, dtype, invariance, detach)
-        start = reference._per_sample(radius, o) * random.element_noise(KEY, shape)[1]
+        start = reference._per_sample(radius, o) * stream.element_noise(KEY, shape)[1]
         wide_delta = (start.to(dtype) if d is None else d).double()
         wanted = reference.equivariance_loss(
             o.double(), None if a is None else a.double(), wide_delta, radius.double(),
@@ -453,7 +453,7 @@ def test_group_norm_act_drops_what_the_reference_drops(variant, shape, first):
     tensors, options = group_norm.arguments(shape, ("affine", "dropout"), torch.float32)
     options |= {"layer": 70, "dropout": 0.4, "key": torch.tensor([2**32 - 1, 9, first])}
     y, *saved = group_norm.forward(native, tensors, options, 2)
-    mask = random.dropout_mask(options["key"], shape, 70, 0.4)
+    mask = stream.dropout_mask(options["key"], shape, 70, 0.4)
     assert torch.equal(y != 0, mask)
     options["key"] = options["key"] + torch.tensor([0, 0, 1])
     tensors["x"] = tensors["x"][1:]
@@ -741,7 +741,7 @@ def test_libraries_of_other_sources_or_that_do_not_load_are_refused(tmp_path):
 def test_the_abi_numbers_agree():
     for name in ("cpu.h", "adamw_ema.cu"):
         assert f"#define ROBUSTDM_ABI {native.ABI} " in (ROOT / "csrc" / name).read_text()
-    assert f"PHILOX_LAYOUT = {random.LAYOUT_VERSION};" in (ROOT / "csrc" / "philox.h").read_text()
+    assert f"PHILOX_LAYOUT = {stream.LAYOUT_VERSION};" in (ROOT / "csrc" / "philox.h").read_text()
 
 
 def test_importing_loads_no_library():
@@ -775,4 +775,4 @@ def test_dropout_thresholds_between_two_integers_are_rounded_as_the_reference_s(
     shape, key = (4, 64, 64, 64), torch.tensor([5, 6, 7])
     tensors, options = group_norm.arguments(shape, ("dropout",), torch.float32)
     y = group_norm.forward(native, tensors, options | {"dropout": rate, "key": key}, 2)[0]
-    assert torch.equal(y != 0, random.dropout_mask(key, shape, options["layer"], rate))
+    assert torch.equal(y != 0, stream.dropout_mask(key, shape, options["layer"], rate))

@@ -9,10 +9,10 @@ from conftest import relative_error
 from torch import nn
 
 from robustdm import NoiseSchedule, Objective, Perturbation, ResidentBatch, UsageError, ops
+from robustdm.method.objectives import OBJECTIVES, seeded
+from robustdm.method.schedule import expand
 from robustdm.models import PointMLP, build_model
-from robustdm.objectives import OBJECTIVES, seeded
-from robustdm.schedule import expand
-from robustdm.training.config import TrainConfig
+from robustdm.runs.config import TrainConfig
 
 SCHEDULE = NoiseSchedule.linear(1000)
 ROBUST = [name for name in OBJECTIVES if name != "ddpm"]

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustdm import NoiseSchedule, Perturbation, ops, random, reference
+from robustdm import NoiseSchedule, Perturbation, ops
 from robustdm.data import Corruption
 from robustdm.errors import UsageError
+from robustdm.ops import reference, stream
 
 CPU = torch.device("cpu")
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -96,11 +97,11 @@ def test_draws_are_equal_to_the_last_bit(backend, mode, per_batch, top, poisoned
         )
         wide = reference.wide(dtype)
         index = torch.arange(37) + 2**33
-        w0, w1, _, _ = random.philox(2**32 - 1, 5, index, random.Stream.SAMPLE)
+        w0, w1, _, _ = stream.philox(2**32 - 1, 5, index, stream.Stream.SAMPLE)
         if per_batch:
-            w1 = random.philox(2**32 - 1, 5, torch.zeros(37).long(), random.Stream.BATCH)[1]
+            w1 = stream.philox(2**32 - 1, 5, torch.zeros(37).long(), stream.Stream.BATCH)[1]
         assert torch.equal(t, w0 * 1000 >> 32)
-        assert torch.equal(beta, 0.5 + 1.5 * random.uniform(w1, torch.float64))
+        assert torch.equal(beta, 0.5 + 1.5 * stream.uniform(w1, torch.float64))
         assert torch.equal(signal, SCHEDULE.at("sqrt_alphas_cumprod", t).to(wide))
         assert torch.equal(noise, SCHEDULE.at("sqrt_one_minus_alphas_cumprod", t).to(wide))
         assert torch.equal(radius, pert.radius(SCHEDULE, t, beta).to(dtype).to(wide))
@@ -116,7 +117,7 @@ def test_noise_perturb(backend, dtype, shape, poisoned):
     key, signal, noise, radius, _ = draw(shape, dtype, first=3)
     x0 = noisy(shape, dtype)
     xt, x_ran = ops.noise_perturb(x0, signal, noise, radius, key, backend=backend)
-    eps, unit = random.element_noise(key, shape, torch.float64)
+    eps, unit = stream.element_noise(key, shape, torch.float64)
     s = noise.double().view(-1, *[1] * (len(shape) - 1))
     wanted = signal.double().view_as(s) * x0.double() + s * eps
     assert xt.dtype == x_ran.dtype == dtype and xt.shape == x_ran.shape == shape
@@ -124,7 +125,7 @@ def test_noise_perturb(backend, dtype, shape, poisoned):
         return
     assert relative_error(xt, wanted) < TOLERANCE[dtype]
     # x_ran follows from x_t and the exact delta_ran, to the last bits.
-    unit = random.element_noise(key, shape, torch.float32)[1]
+    unit = stream.element_noise(key, shape, torch.float32)[1]
     delta = (radius.view(s.shape) * unit).to(dtype)
     moved = xt.double() + s * delta.double()
     assert relative_error(x_ran, moved) < TOLERANCE[dtype]
@@ -173,7 +174,7 @@ def test_a_gradient_of_nan_stays_nan(backend):
     key, _, noise, radius, _ = draw((2, 3), torch.float32)
     gradient = torch.tensor([[float("nan"), 0.0, -0.0], [float("inf"), -1e-40, 1.0]])
     _, delta = ops.fgsm_project(torch.zeros(2, 3), gradient, noise, radius, key, backend=backend)
-    start = radius[:, None] * random.element_noise(key, (2, 3))[1]
+    start = radius[:, None] * stream.element_noise(key, (2, 3))[1]
     assert delta.isnan().tolist() == [[True, False, False], [False] * 3]
     assert torch.equal(delta[0, 1:], start[0, 1:])
     step = (radius * reference.INVERSE_SQRT3)[1]
@@ -201,11 +202,11 @@ def test_equivariance_loss(backend, dtype, delta_from, invariance, detach, poiso
             invariance=invariance, detach_clean=detach, backend=backend,
         )
         p, p2 = (x.detach().double().requires_grad_() for x in (o, o2))
-        eps, _ = random.element_noise(key, shape, torch.float64)
+        eps, _ = stream.element_noise(key, shape, torch.float64)
         inner = tuple(range(1, p.ndim))
         per_sample = (-1, *[1] * len(inner))
         if delta is None:
-            unit = random.element_noise(key, shape)[1]
+            unit = stream.element_noise(key, shape)[1]
             delta = radius.view(per_sample) * unit
         square = (p - eps) ** 2
         wanted_fit = square.mean(inner) if inner else square
@@ -234,7 +235,7 @@ def test_float16_gradients_do_not_vanish():
     shape = (8, 3, 32, 32)
     key, _, _, radius, lambda_t = draw(shape, torch.float32)
     for backend in usable("equivariance_loss")[:2]:
-        o = random.element_noise(key, shape)[0].add(1e-2).half().requires_grad_()
+        o = stream.element_noise(key, shape)[0].add(1e-2).half().requires_grad_()
         total, _, _ = ops.equivariance_loss(o, None, None, radius, lambda_t, key, backend=backend)
         (grad,) = torch.autograd.grad(total * 2**16, o)
         assert (grad != 0).float().mean() > 0.99
@@ -253,8 +254,8 @@ def test_resident_batches_are_the_data_sets(backend, channels_last, flip, fracti
     key, signal, noise, radius, _ = draw((4,), dtype, first=5)
     x0 = Corruption(fraction, 0.2, 11)(data[items].float() / 127.5 - 1, items)
     if flip:
-        word = random.philox(7, 3, torch.arange(5, 9), random.Stream.FLIP)[0]
-        chosen = random.uniform(word) < 0.5
+        word = stream.philox(7, 3, torch.arange(5, 9), stream.Stream.FLIP)[0]
+        chosen = stream.uniform(word) < 0.5
         assert chosen.any() and not chosen.all()
         x0 = torch.where(chosen.view(-1, 1, 1, 1), x0.flip(-1), x0)
     if channels_last:
@@ -291,7 +292,7 @@ def test_group_norm_act(backend, dtype, full):
         y64 = torch.nn.functional.group_norm(
             x64 + exact["add"][..., None, None], 4, exact["weight"], exact["bias"])
         y64 = y64 * (1 + exact["scale"][..., None, None]) + exact["shift"][..., None, None]
-        mask = random.dropout_mask(key, (2, 12, 3, 5), 2, rate)
+        mask = stream.dropout_mask(key, (2, 12, 3, 5), 2, rate)
         assert 0.1 < (~mask).double().mean() < 0.4
         y64 = torch.nn.functional.silu(y64) * mask / (1 - rate)
     else:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from robustdm import ops
+from robustdm.models.weights import load_optimizer, optimizer_tensors
 from robustdm.training.optimizer import EMA, SkippingAdamW
-from robustdm.training.restore import load_optimizer, optimizer_tensors
 
 CPP = ops.why_off("cpp", "adamw_ema", torch.device("cpu"))
 BACKEND = pytest.mark.parametrize("backend", [

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def test_optional_packages_are_never_imported_by_the_core(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
     modules = [
         "robustdm", "robustdm.train", "robustdm.sample", "robustdm.report", "robustdm.reproduce",
-        "robustdm.training.loop", "robustdm.objectives", "robustdm.data", "robustdm.sampling",
-        "robustdm.inference",
+        "robustdm.training.loop", "robustdm.method.objectives", "robustdm.data",
+        "robustdm.method.sampling", "robustdm.models.inference",
     ]
     loaded = python(
         f"import sys\nimport {', '.join(modules)}\n"
@@ -69,64 +70,62 @@ def test_help_needs_no_torch(entry):
     assert "code 0" in out and "torch False" in out
 
 
-LAYERS = {
-    # module -> what of robustdm it may import (prefixes)
-    "errors": (), "random": ("errors",), "schedule": ("errors",),
-    "perturbation": ("errors", "schedule"),
-    "network": ("errors",), "device": (),
-    "reference": ("random", "device"), "resident": ("reference",),
-    "native": ("errors", "reference"),
-    "arguments": ("errors", "reference"),
-    "ops": ("errors", "arguments", "reference", "native", "random"),
-    "kernels": (),
-    "objectives": ("errors", "random", "schedule", "perturbation", "network", "device", "dropout",
-                   "reference", "resident", "ops"),
-    "step": ("errors", "dropout", "network", "objectives", "resident"),
-    "sampling": ("errors", "random", "schedule", "network", "device"),
-    "attacks": ("errors", "network", "random", "sampling"),
-    "planner": ("errors", "perturbation", "sampling", "schedule"),
-    "host": (),
-    "inference": ("errors", "device", "host", "native", "network", "models",
-                  "training.compilation"),
-    "untrusted": (),
-    "metrics": ("errors", "random", "untrusted"),
-    "distributed": ("errors",),
-    "data": ("errors", "random", "untrusted", "metrics", "device", "distributed", "resident",
-             "training.config", "data"),
-    "dropout": (),
-    "models": ("errors", "device", "models", "ops", "dropout", "training.config"),
-}
-ENTRY_POINTS = ("train", "sample", "reproduce", "plan", "attack", "evaluate", "memorise",
-                "steps", "convert")
+WINGS = (
+    "errors", "device", "host", "untrusted", "distributed", "ops", "method", "metrics", "runs",
+    "models", "reporting", "data", "evaluation", "training", "studies", "cli",
+)
+"""Lowest first: every import within the package goes down this list; commands stand above it."""
+
+
+def module_names():
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "robustdm").rglob("*.py")
+    }
 
 
 def imports_of(path):
+    """The modules that a file imports anywhere in it; of a package, whose name is imported."""
+    modules = module_names()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            if node.module == "robustdm":
-                yield from (f"robustdm.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in modules else node.module
 
 
-def test_import_direction():
-    """Lower layers never import upper ones, nothing imports an entry point."""
+def test_imports_go_down_the_wings():
+    found = set()
     for path in (ROOT / "robustdm").rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT / "robustdm").with_suffix("").parts)
-        top = name.partition(".")[0]
+        own = path.relative_to(ROOT / "robustdm").with_suffix("").parts
+        command = own[-1] == "__main__" or (len(own) == 1 and own[0] not in WINGS)
         for module in imports_of(path):
             root, _, inner = module.partition(".")
             assert root not in ("tests", "benchmarks", "torchvision"), f"{path} imports {module}"
             if root != "robustdm" or not inner:
                 continue
-            assert inner not in ENTRY_POINTS, f"{path} imports the entry point {module}"
-            if top in LAYERS and path.name != "__main__.py":
-                allowed = (top, *LAYERS[top])
-                assert any(inner == a or inner.startswith(a + ".") for a in allowed), (
-                    f"{path} imports {module}"
-                )
+            wing = inner.partition(".")[0]
+            if own[0] == "kernels" or wing == "kernels":  # the Triton half of the ops
+                assert own[0] in ("kernels", "ops"), f"{path} imports {module}"
+                continue
+            assert wing in WINGS, f"{path} imports the command {module}"
+            found.add(wing)
+            if not command:
+                assert WINGS.index(wing) <= WINGS.index(own[0]), f"{path} imports {module}"
+    assert found == set(WINGS)  # no name that stands for nothing
+
+
+def test_no_circle_of_imports():
+    """Within a wing, too: each module can be read after those that it imports."""
+    modules = module_names()
+    below = {
+        name: {found for found in imports_of(path) if found in modules and found != name}
+        for name, path in modules.items()
+    }
+    tuple(TopologicalSorter(below).static_order())  # CycleError names the circle
 
 
 def test_every_package_is_installed():
@@ -152,7 +151,7 @@ def test_the_readme_starts_with_the_two_commands():
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 def test_documents_name_only_what_exists(name):
     """Every module, preset, flag and file that their commands and links use is there."""
-    from robustdm.training.config import PRESETS, TrainConfig
+    from robustdm.runs.config import PRESETS, TrainConfig
 
     text = (ROOT / name).read_text()
     for module, rest in re.findall(r"python -m robustdm\.?([.\w]*)([^`\n]*)", text):
@@ -177,9 +176,10 @@ def test_documents_name_only_what_exists(name):
 def test_the_limits_that_security_states_are_those_of_the_code():
     from PIL import Image
 
-    from robustdm import pretrained, untrusted
-    from robustdm.data import cifar, decode, files
-    from robustdm.training import checkpoint, config
+    from robustdm import untrusted
+    from robustdm.data import cifar, decode
+    from robustdm.models import pretrained
+    from robustdm.runs import checkpoint, config
 
     text = " ".join((ROOT / "SECURITY.md").read_text().split())
     data = " ".join((ROOT / "docs/data.md").read_text().split())
@@ -188,7 +188,7 @@ def test_the_limits_that_security_states_are_those_of_the_code():
     for words, value in (
         ("most {} million pixels", Image.MAX_IMAGE_PIXELS // 10**6),
         ("more than {} million are decoded one at a time", decode._LARGE // 10**6),
-        ("a row {} MiB", files.MAX_PACKED >> 20), ("aliases, {} KiB", config._YAML_LIMIT >> 10),
+        ("a row {} MiB", decode.MAX_PACKED >> 20), ("aliases, {} KiB", config._YAML_LIMIT >> 10),
         ("unpacks to {} times its size", untrusted._RATIO),
         ("(above {} MiB)", untrusted._HARMLESS >> 20),
         ("manifest and a model's JSON have at most {} MiB", checkpoint._MANIFEST_LIMIT >> 20),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from robustdm.errors import UsageError
-from robustdm.pipeline import save_pipeline, scheduler_config
-from robustdm.sampling import sample, stream_noise
-from robustdm.schedule import NoiseSchedule
+from robustdm.method.sampling import sample, stream_noise
+from robustdm.method.schedule import NoiseSchedule
+from robustdm.models.pipeline import save_pipeline, scheduler_config
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from robustdm import NoiseSchedule, Perturbation, UsageError, planner
-from robustdm.perturbation import LAMBDA_MODES
-from robustdm.plan import PlanConfig, compare, main, plan
-from robustdm.planner import (
+from robustdm import NoiseSchedule, Perturbation, UsageError
+from robustdm.method import closed_form
+from robustdm.method.closed_form import (
     ENERGY,
     OUTWARD_ENERGY,
     Setting,
@@ -24,7 +23,9 @@ from robustdm.planner import (
     predict,
     spectrum,
 )
-from robustdm.sampling import Respaced, sample, timesteps
+from robustdm.method.perturbation import LAMBDA_MODES
+from robustdm.method.sampling import Respaced, sample, timesteps
+from robustdm.plan import PlanConfig, compare, main, plan
 
 SCHEDULE = NoiseSchedule.linear(1000)
 VARIANCES = torch.tensor([1e-3, 0.009, 0.036, 0.1, 0.25, 1.0])
@@ -104,7 +105,7 @@ def test_settings_planned_together_are_those_planned_alone():
                 for objective in ENERGY for lam in (0.0, 0.4, 2.0) for omega in (1.0, 2.0)
                 for bound in (None, 0.5)]
     settings.append(Setting(perturbation=Perturbation(beta_range=[0.5, 2.0])))
-    together = planner._excesses(SCHEDULE, settings, visited)
+    together = closed_form._excesses(SCHEDULE, settings, visited)
     for one, found in zip(settings, together, strict=True):
         assert torch.allclose(excess(SCHEDULE, one, visited), found, rtol=1e-12)
     assert len(torch.unique(together[:, 1])) > 12

@@ -15,17 +15,18 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from improved_unet import make
 from safetensors.torch import load_file, save_file
 
-from robustdm import pretrained, sample
+from robustdm import sample
 from robustdm.cli import guard, parse_train
 from robustdm.convert import ConvertConfig, convert
 from robustdm.errors import RunError, UsageError
+from robustdm.models import pretrained
 from robustdm.models.fuse import fuse
-from robustdm.pipeline import save_pipeline, schedule_from
-from robustdm.pretrained import network_of, open_source, settle
+from robustdm.models.load_run import load_run
+from robustdm.models.pipeline import save_pipeline, schedule_from
+from robustdm.models.pretrained import network_of, open_source, settle
+from robustdm.runs.config import TrainConfig
 from robustdm.train import main
-from robustdm.training.config import TrainConfig
 from robustdm.training.loop import train
-from robustdm.training.run import load_run
 from robustdm.training.trainer import Trainer
 
 # google/ddpm-cifar10-32 in small: asymmetric padding, TF-style embedding, one head.
@@ -502,7 +503,7 @@ def test_a_learned_variance_is_kept_and_not_trained(tmp_path):
 
 
 def test_from_a_run_on_points(tmp_path):
-    from robustdm.training.config import preset_values
+    from robustdm.runs.config import preset_values
 
     first = TrainConfig(**(preset_values("plane") | TINY | dict(
         num_points=200, steps=1, mlp_width=24, timesteps=60, out=tmp_path / "first")))

@@ -23,16 +23,18 @@ from hypothesis.stateful import (
     rule,
 )
 
-from robustdm import NoiseSchedule, ops, pretrained, reference
+from robustdm import NoiseSchedule, ops
 from robustdm.cli import parse_train
 from robustdm.data import batches
 from robustdm.data.base import TensorData
 from robustdm.data.streamed import StreamedImages
 from robustdm.distributed import Ranks
 from robustdm.errors import RunError, UsageError
-from robustdm.models import improved
-from robustdm.training import checkpoint, faults
-from robustdm.training.config import PRESETS, TrainConfig, load_yaml, preset_values
+from robustdm.models import improved, pretrained
+from robustdm.ops import reference
+from robustdm.runs import checkpoint
+from robustdm.runs.config import PRESETS, TrainConfig, load_yaml, preset_values
+from tests.faults.deadly import kill_after_bytes
 
 # Configurations.
 
@@ -430,7 +432,7 @@ class Checkpoints(RuleBasedStateMachine):
         if not child:
             kind, number = moment
             if kind == "bytes":
-                faults.FAULT = f"kill@bytes:{number}"
+                kill_after_bytes(number)
             calls = itertools.count()
 
             def counted(call):

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from robustdm import random
 from robustdm.errors import UsageError
-from robustdm.random import Stream
+from robustdm.ops import stream
+from robustdm.ops.stream import Stream
 
 
 def philox_scalar(key, counter):
@@ -30,9 +30,9 @@ def test_scalar_reference_gives_the_published_vector():
 @pytest.mark.parametrize("seed, step", [(0, 0), (7, 3), (2**32 - 1, 2**31 + 5)])
 def test_words_equal_the_scalar_reference(seed, step):
     indices = [0, 1, 2**31 - 1, 2**31, 2**32 + 7, 2**40 + 9]
-    words = random.philox(seed, step, torch.tensor(indices), Stream.FLIP)
+    words = stream.philox(seed, step, torch.tensor(indices), Stream.FLIP)
     for i, index in enumerate(indices):
-        counter = (index & 0xFFFFFFFF, index >> 32, Stream.FLIP, random.LAYOUT_VERSION)
+        counter = (index & 0xFFFFFFFF, index >> 32, Stream.FLIP, stream.LAYOUT_VERSION)
         assert [int(w[i]) for w in words] == philox_scalar((seed, step), counter)
 
 
@@ -73,13 +73,13 @@ def test_words_equal_triton(tmp_path):
 
 
 def words(count=200_000, stream=Stream.ELEMENT):
-    return random.philox(1, 2, torch.arange(count), stream)
+    return stream.philox(1, 2, torch.arange(count), stream)
 
 
 def test_uniforms_have_their_law_and_range():
     w = words()
     for i, word in enumerate(w):
-        u, v = random.uniform(word), random.signed_uniform(word)
+        u, v = stream.uniform(word), stream.signed_uniform(word)
         assert 0 <= u.min() and u.max() < 1, i
         assert -1 < v.min() and v.max() < 1 and (v != 0).all(), i
         assert abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.001, i
@@ -88,15 +88,15 @@ def test_uniforms_have_their_law_and_range():
 
 def test_extreme_words_stay_in_range():
     edge = torch.tensor([0, 1, 2**31, 2**32 - 1])
-    assert random.uniform(edge).tolist() == [0, 0, 0.5, 1 - 2**-24]
-    assert random.signed_uniform(edge).tolist() == [2**-23 - 1, 2**-23 - 1, 2**-23, 1 - 2**-23]
-    z = random.normal(edge.repeat(4), edge.repeat_interleave(4))
+    assert stream.uniform(edge).tolist() == [0, 0, 0.5, 1 - 2**-24]
+    assert stream.signed_uniform(edge).tolist() == [2**-23 - 1, 2**-23 - 1, 2**-23, 1 - 2**-23]
+    z = stream.normal(edge.repeat(4), edge.repeat_interleave(4))
     assert torch.isfinite(z).all() and z.abs().max() < 6.8
 
 
 def test_normals_are_standard_normal():
     w = words()
-    z = random.normal(w[0], w[1], torch.float64)
+    z = stream.normal(w[0], w[1], torch.float64)
     moments = [float((z**k).mean()) for k in (1, 2, 3, 4)]
     for got, wanted, bound in zip(moments, (0, 1, 0, 3), (0.01, 0.015, 0.03, 0.1), strict=True):
         assert abs(got - wanted) < bound
@@ -107,57 +107,57 @@ def test_normals_are_standard_normal():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_normals_are_rounded_float32_normals(dtype):
     w = words()
-    z = random.normal(w[0], w[1], dtype)
-    assert z.dtype == dtype and torch.equal(z, random.normal(w[0], w[1]).to(dtype))
+    z = stream.normal(w[0], w[1], dtype)
+    assert z.dtype == dtype and torch.equal(z, stream.normal(w[0], w[1]).to(dtype))
 
 
 def test_words_streams_steps_and_seeds_are_uncorrelated():
     index = torch.arange(100_000)
     columns = [
-        *random.philox(1, 2, index, Stream.ELEMENT),
-        random.philox(1, 2, index, Stream.SAMPLE)[0],
-        random.philox(1, 3, index, Stream.ELEMENT)[0],
-        random.philox(2, 2, index, Stream.ELEMENT)[0],
-        random.philox(1, 2, index + 1, Stream.ELEMENT)[0],
+        *stream.philox(1, 2, index, Stream.ELEMENT),
+        stream.philox(1, 2, index, Stream.SAMPLE)[0],
+        stream.philox(1, 3, index, Stream.ELEMENT)[0],
+        stream.philox(2, 2, index, Stream.ELEMENT)[0],
+        stream.philox(1, 2, index + 1, Stream.ELEMENT)[0],
     ]
-    values = torch.stack([random.uniform(c, torch.float64) for c in columns])
+    values = torch.stack([stream.uniform(c, torch.float64) for c in columns])
     off = torch.corrcoef(values) - torch.eye(len(columns))
     assert off.abs().max() < 0.02
 
 
 def test_float32_uniforms_are_exact():
     word = words(10_000)[2]
-    assert torch.equal(random.signed_uniform(word).double(),
-                       random.signed_uniform(word, torch.float64))
-    assert torch.equal(random.uniform(word).double(), random.uniform(word, torch.float64))
+    assert torch.equal(stream.signed_uniform(word).double(),
+                       stream.signed_uniform(word, torch.float64))
+    assert torch.equal(stream.uniform(word).double(), stream.uniform(word, torch.float64))
 
 
 def test_element_index_continues_over_a_split():
-    whole = random.element_index(0, (6, 2, 3))
-    parts = [random.element_index(k, (2, 2, 3)) for k in (0, 2, 4)]
+    whole = stream.element_index(0, (6, 2, 3))
+    parts = [stream.element_index(k, (2, 2, 3)) for k in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
     assert whole.shape == (6, 2, 3) and whole.flatten().tolist() == list(range(36))
 
 
 def test_shuffles_are_permutations_that_differ_by_seed_and_epoch():
-    a = random.shuffled(0, 0, 1000)
+    a = stream.shuffled(0, 0, 1000)
     assert sorted(a.tolist()) == list(range(1000))
-    assert torch.equal(a, random.shuffled(0, 0, 1000))
-    for other in (random.shuffled(0, 1, 1000), random.shuffled(1, 0, 1000), torch.arange(1000)):
+    assert torch.equal(a, stream.shuffled(0, 0, 1000))
+    for other in (stream.shuffled(0, 1, 1000), stream.shuffled(1, 0, 1000), torch.arange(1000)):
         assert (a == other).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("seed, step", [(-1, 0), (2**32, 0), (0, -1), (0, 2**32)])
 def test_keys_beyond_a_word_are_refused(seed, step):
     with pytest.raises(UsageError, match="4294967295"):
-        random.philox(seed, step, torch.arange(2), 0)
+        stream.philox(seed, step, torch.arange(2), 0)
 
 
 def test_a_key_in_a_tensor_gives_the_same_words_whatever_its_upper_half():
     index = torch.arange(5)
-    words = random.philox(7, 9, index, Stream.ELEMENT)
+    words = stream.philox(7, 9, index, Stream.ELEMENT)
     for seed, step in ((7, 9), (7 + 2**40, 9 - 2**33)):
-        again = random.philox(torch.tensor(seed), torch.tensor(step), index, Stream.ELEMENT)
+        again = stream.philox(torch.tensor(seed), torch.tensor(step), index, Stream.ELEMENT)
         assert all(torch.equal(a, b) for a, b in zip(words, again, strict=True))
-    one = random.philox_int(7, 9, 3, Stream.ELEMENT)
+    one = stream.philox_int(7, 9, 3, Stream.ELEMENT)
     assert one == tuple(int(w[3]) for w in words)

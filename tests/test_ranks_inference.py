@@ -13,10 +13,11 @@ import ranks
 import torch
 from test_sample import make_run
 
-from robustdm import attack, evaluate, sample, sampling, steps
+from robustdm import attack, evaluate, sample, steps
+from robustdm.device import resolve_device
 from robustdm.distributed import Ranks, join
 from robustdm.errors import RunError
-from robustdm.training.trainer import resolve_device
+from robustdm.method import sampling
 
 COMMANDS = {"sample": sample, "evaluate": evaluate, "attack": attack, "steps": steps}
 

@@ -14,14 +14,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from robustdm import plots, report
 from robustdm.errors import UsageError
-from robustdm.perturbation import Perturbation
-from robustdm.report import measure_columns, write_report
-from robustdm.run_files import read_metrics, read_run
-from robustdm.schedule import NoiseSchedule
-from robustdm.training import rundir
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.method.perturbation import Perturbation
+from robustdm.method.schedule import NoiseSchedule
+from robustdm.reporting import plots, run_page
+from robustdm.reporting.run_page import measure_columns, write_report
+from robustdm.runs import rundir
+from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.files import read_metrics, read_run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -227,7 +227,7 @@ def test_damaged_files_cost_only_themselves(tmp_path):
 
 def made_without_plots(tmp_path, monkeypatch):
     for name in ("_curves", "_schedule"):
-        monkeypatch.setattr(report, name, lambda run: "")
+        monkeypatch.setattr(run_page, name, lambda run: "")
     return make_run(tmp_path / "run", (1, 8, 8))
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from robustdm.errors import RunError, UsageError
-from robustdm.training import rundir
-from robustdm.training.config import TrainConfig
-from robustdm.training.rundir import (
+from robustdm.runs import rundir
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import (
     CHANGEABLE,
     RunDir,
     check_same_data,
@@ -116,8 +116,8 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(path, monkeypatch):
 
 HOLDER = """
 import os, sys, time
-from robustdm.training.config import TrainConfig
-from robustdm.training.rundir import RunDir
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import RunDir
 run = RunDir.open(sys.argv[1], TrainConfig(), resume=False)
 if os.fork() == 0:  # like a data worker, which outlives a killed run for some seconds
     print("held", flush=True)

@@ -10,13 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from robustdm.baselines import Baseline, blur
-from robustdm.images import to_uint8
+from robustdm.method.baselines import Baseline, blur
+from robustdm.method.sampling import sample
+from robustdm.models.load_run import load_run
+from robustdm.reporting.images import to_uint8
+from robustdm.runs.checkpoint import save_checkpoint
+from robustdm.runs.config import TrainConfig
 from robustdm.sample import main
-from robustdm.sampling import sample
-from robustdm.training.checkpoint import save_checkpoint
-from robustdm.training.config import TrainConfig
-from robustdm.training.run import load_run
 
 
 def make_run(directory, shape=(1, 8, 8), weights=None, **settings):
@@ -96,7 +96,7 @@ def test_compiling_says_what_became_of_it(digits_run, tmp_path, capsys, monkeypa
         probed.append(tuple(probe().shape))
         return reason
 
-    monkeypatch.setattr("robustdm.inference.compile_network", compile_network)
+    monkeypatch.setattr("robustdm.models.inference.compile_network", compile_network)
     flags = ("--num", 5, "--steps", 2)
     plain = call(digits_run, tmp_path / "plain", *flags)
     capsys.readouterr()
@@ -116,7 +116,7 @@ def test_wrong_settings_are_found_before_compiling(digits_run, tmp_path, capsys,
     def compile_network(model, probe):
         pytest.fail("compiled first")
 
-    monkeypatch.setattr("robustdm.inference.compile_network", compile_network)
+    monkeypatch.setattr("robustdm.models.inference.compile_network", compile_network)
     assert_one_line(["--run", digits_run, "--out", tmp_path / "out", "--compile", "--steps", 2000],
                     2, "steps is 2000", capsys=capsys)
 
@@ -222,7 +222,7 @@ def test_running_out_of_memory_names_the_remedy(digits_run, tmp_path, capsys, mo
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("robustdm.sampling.sample", fail)
+    monkeypatch.setattr("robustdm.method.sampling.sample", fail)
     assert_one_line(["--run", digits_run, "--out", tmp_path / "out"], 1, "--batch-size 32",
                     capsys=capsys)
 
@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_line(digits_run, tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("robustdm.images.save_images", fail)
+    monkeypatch.setattr("robustdm.reporting.images.save_images", fail)
     assert_one_line(["--run", digits_run, "--out", tmp_path / "out", "--num", 1, "--steps", 1], 1,
                     "No space left", "--out", capsys=capsys)
 

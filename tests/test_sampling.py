@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from robustdm.errors import UsageError
-from robustdm.network import predict_noise
-from robustdm.perturbation import Perturbation
-from robustdm.random import Stream, normal, philox
-from robustdm.sampling import Respaced, sample, stream_noise, timesteps
-from robustdm.schedule import NoiseSchedule
+from robustdm.method.perturbation import Perturbation
+from robustdm.method.predict import predict_noise
+from robustdm.method.sampling import Respaced, sample, stream_noise, timesteps
+from robustdm.method.schedule import NoiseSchedule
+from robustdm.ops.stream import Stream, normal, philox
 
 SCHEDULE = NoiseSchedule.linear(1000)
 SPACINGS = ("linspace", "leading", "trailing")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from robustdm.errors import UsageError
-from robustdm.schedule import NoiseSchedule
+from robustdm.method.schedule import NoiseSchedule
 
 
 def test_linear_tables():

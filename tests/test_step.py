@@ -8,9 +8,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustdm import NoiseSchedule, Objective, ResidentBatch, UsageError, fuse
+from robustdm.method.gradients import GradientStep, WorkingCopy
 from robustdm.models import build_model
-from robustdm.step import GradientStep, WorkingCopy
-from robustdm.training.config import TrainConfig
+from robustdm.runs.config import TrainConfig
 
 SHAPE = (2, 8, 8)
 CONV = torch.ops.aten.convolution.default
@@ -143,7 +143,7 @@ def test_loose_dropout_is_refused_where_masks_are_shared():
 
 
 def test_a_torch_that_cannot_trace_differentiation(monkeypatch):
-    monkeypatch.setattr("robustdm.step.dynamo", object())
+    monkeypatch.setattr("robustdm.method.gradients.dynamo", object())
     with pytest.raises(UsageError, match="cannot trace torch.autograd.grad: use torch 2.11"):
         GradientStep(network((8,)), objective()).compile()
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from robustdm import UsageError
-from robustdm.baselines import blur
-from robustdm.features import CifarResNet
+from robustdm.evaluation.features import CifarResNet
+from robustdm.method.baselines import blur
 from robustdm.models import PointMLP
+from robustdm.reporting.tables import text_table
 from robustdm.reproduce import STUDIES, main
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import (
     approximations,
     denoising,
@@ -50,8 +52,6 @@ from robustdm.studies.runner import (
     summarise,
 )
 from robustdm.studies.tradeoff import at_equal_signal, equal_signal_claim
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
 
 QUICK = dict(samples=40, sampler="ddim", sampling_steps=3)
 

@@ -23,12 +23,13 @@ from robustdm import RunError, UsageError
 from robustdm.cli import guard, parse_train
 from robustdm.data import load_data
 from robustdm.data.base import to_float
+from robustdm.method.gradients import GradientStep
+from robustdm.models.load_run import load_run
 from robustdm.models.mlp import PointMLP
-from robustdm.step import GradientStep
+from robustdm.runs.checkpoint import list_checkpoints, load_newest, save_checkpoint, verify
+from robustdm.runs.config import PRESETS, TrainConfig, preset_values
 from robustdm.train import main
 from robustdm.training import loop
-from robustdm.training.checkpoint import list_checkpoints, load_newest, save_checkpoint, verify
-from robustdm.training.config import PRESETS, TrainConfig, preset_values
 from robustdm.training.loop import train
 from robustdm.training.memory import (
     available_bytes,
@@ -36,7 +37,6 @@ from robustdm.training.memory import (
     estimate_bytes,
     finer_pieces,
 )
-from robustdm.training.run import load_run
 from robustdm.training.trainer import Trainer
 
 TINY = dict(block_channels=(8, 8), norm_groups=4, batch_size=8, steps=6, log_every=2,
@@ -420,7 +420,7 @@ def test_a_deleted_directory_is_made_anew(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, capsys):
-    from robustdm.training.checkpoint import CheckpointError
+    from robustdm.runs.checkpoint import CheckpointError
 
     original, calls = loop.save_checkpoint, []
 

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from robustdm import ResidentBatch, UsageError
 from robustdm.data import base, batches
+from robustdm.runs.checkpoint import Checkpoint
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training import trainer as module
-from robustdm.training.checkpoint import Checkpoint
-from robustdm.training.config import TrainConfig, preset_values
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.trainer import Trainer
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from robustdm import evaluate, evaluation, features, run_files
+from robustdm import evaluate
 from robustdm.data import cifar
 from robustdm.data.arrays import load_array
 from robustdm.data.read import read_images
 from robustdm.errors import UsageError
+from robustdm.evaluation import features, measure
 from robustdm.metrics import FeatureStatistics
+from robustdm.runs import files
 from robustdm.untrusted import load_pickle, load_safetensors, open_npz
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1000, 10)}
@@ -47,7 +49,7 @@ def test_an_npz_that_unpacks_to_absurdly_much_is_refused_by_every_reader(bomb):
     with pytest.raises(ValueError, match="over 200 times what it takes"):
         open_npz(bomb)
     notes = []
-    assert run_files._read_npz(bomb, notes) == {} and "bomb.npz" in notes[0]
+    assert files._read_npz(bomb, notes) == {} and "bomb.npz" in notes[0]
     assert evaluate._statistics(bomb) is None
 
 
@@ -185,10 +187,10 @@ def test_a_pipeline_of_pickles_or_with_code_is_refused(tmp_path):
                        up_block_types=("UpBlock2D",))
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(UsageError, match=f"^pipeline is '{tmp_path}': its weights are a pickle"):
-        evaluation.open_pipeline(str(tmp_path), "cpu")
+        measure.open_pipeline(str(tmp_path), "cpu")
     config = tmp_path / "unet" / "config.json"
     config.write_text(config.read_text().replace("UNet2DModel", "own.Own"))
     (tmp_path / "unet" / "own.py").write_text(f"import os; os.mkdir('{tmp_path}/trap')")
     with pytest.raises(UsageError, match="its network is a own.Own"):
-        evaluation.open_pipeline(str(tmp_path), "cpu")
+        measure.open_pipeline(str(tmp_path), "cpu")
     assert not (tmp_path / "trap").exists()

@@ -16,11 +16,11 @@ from robustdm.data.points import GaussiansData, PlaneData, PointData
 from robustdm.data.subspace import SubspaceData, principal_components
 from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
-from robustdm.random import Stream, philox, shuffled, uniform
-from robustdm.resident import ResidentBatch
+from robustdm.ops.resident import ResidentBatch
+from robustdm.ops.stream import Stream, philox, shuffled, uniform
 
 if TYPE_CHECKING:
-    from robustdm.training.config import TrainConfig
+    from robustdm.runs.config import TrainConfig
 
 __all__ = [
     "Corruption", "Data", "DigitsData", "GaussiansData", "ItemCorruption", "PlaneData", "PointData",

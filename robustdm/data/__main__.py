@@ -14,7 +14,7 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig, preset_values
 
 # Images that mean and deviation are taken over, drawn at random; more of them change no digit.
 _SAMPLE = 4096
@@ -98,7 +98,7 @@ def look(config: DataConfig) -> dict:
         RunError: if reading fails.
     """
     from robustdm.data.images import image_data, open_images
-    from robustdm.random import shuffled
+    from robustdm.ops.stream import shuffled
 
     if config.seconds <= 0:
         raise UsageError(f"seconds is {config.seconds}: it must be positive")
@@ -169,7 +169,7 @@ def _sizes_text(sizes: Counter) -> str:
 def _write_preview(path: Path, data, indices) -> None:
     import torch
 
-    from robustdm.images import save_grid
+    from robustdm.reporting.images import save_grid
 
     pairs = torch.stack([data.clean(indices), data.batch(indices)], 1).flatten(0, 1)
     try:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from robustdm.data.corruption import Corruption, ItemCorruption
 from robustdm.device import to_device
-from robustdm.metrics import noise_level
-from robustdm.random import WORD, shuffled
-from robustdm.resident import ResidentBatch
+from robustdm.metrics import noise_level, spread
+from robustdm.ops.resident import ResidentBatch
+from robustdm.ops.stream import WORD, shuffled
 
 # Sets up to this many elements (16 MiB as float32) are corrupted once instead of in every batch.
 _PRECOMPUTE_ELEMENTS = 4 * 2**20
@@ -277,3 +277,17 @@ def to_float(values: Tensor) -> Tensor:
 def sha256_of(values: Tensor) -> str:
     """Hash of a tensor's bytes."""
     return hashlib.sha256(memoryview(values.contiguous().numpy()).cast("B")).hexdigest()
+
+
+def measure_images(samples: Tensor) -> dict[str, float]:
+    """What can be said without knowing the clean law: ``pixel_std``, the mean per-pixel std."""
+    return {"pixel_std": spread(samples)}
+
+
+class ImageTensor(TensorData):
+    """Images in one tensor (N, C, H, W), uint8 or float32 in [-1, 1]."""
+
+    is_image = True
+
+    def _measure(self, samples: Tensor) -> dict[str, float]:
+        return measure_images(samples)

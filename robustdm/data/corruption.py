@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robustdm.random import Stream, element_index, normal, philox, uniform
+from robustdm.ops.stream import Stream, element_index, normal, philox, uniform
 
 
 class ItemCorruption:

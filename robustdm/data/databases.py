@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from robustdm.data.decode import BadImage
-from robustdm.data.files import MAX_PACKED
+from robustdm.data.decode import MAX_PACKED, BadImage
 from robustdm.errors import UsageError
 
 _HUB = "hf:"

@@ -21,6 +21,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
 )
+# A packed picture larger than this is taken for a bomb.
+MAX_PACKED = 64 * 2**20
 _GREY_MODES = ("1", "L", "LA", "La", "F")  # besides the modes I and I;16 of 16-bit greys
 _ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "PA")
 _LARGE = 1 << 25  # pixels; threads decode larger pictures one at a time

@@ -3,7 +3,6 @@ training."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustdm.data.arrays import fit_array, load_array
-from robustdm.data.base import Data, TensorData, sha256_of, to_float
+from robustdm.data.base import Data, ImageTensor, measure_images, sha256_of, to_float
 from robustdm.data.cifar import EDITIONS, default_dir, load_cifar
 from robustdm.data.corruption import (
     Corruption,
@@ -28,44 +27,26 @@ from robustdm.data.corruption import (
 )
 from robustdm.data.databases import is_hub
 from robustdm.data.decode import quiet
-from robustdm.data.files import (
+from robustdm.data.files import Pictures, check_quarantine, decode_all, open_pictures, scan
+from robustdm.data.streamed import Beginning, StreamedImages
+from robustdm.data.workers import (
     Collate,
     Decoded,
     Decoder,
-    Packed,
-    Pictures,
-    check_quarantine,
-    decode_all,
-    open_pictures,
-    scan,
-    start_worker,
+    decode_in_workers,
+    finish,
+    host_part,
 )
 from robustdm.device import to_device
-from robustdm.errors import RobustDMError, RunError, UsageError
-from robustdm.metrics import spread
-from robustdm.random import shuffled
+from robustdm.errors import RunError, UsageError
+from robustdm.ops.stream import shuffled
 
 if TYPE_CHECKING:
-    from robustdm.data.streamed import Beginning
-    from robustdm.training.config import TrainConfig
+    from robustdm.runs.config import TrainConfig
 
 _ARRAY_SUFFIXES = (".npy", ".npz")
 # Outliers to choose from: more of them say nothing new, and they are held in memory.
 _MAX_OUTLIERS = 16_384
-
-
-def _measure_images(samples: Tensor) -> dict[str, float]:
-    """What can be said without knowing the clean law: ``pixel_std``, the mean per-pixel std."""
-    return {"pixel_std": spread(samples)}
-
-
-class ImageTensor(TensorData):
-    """Images in one tensor (N, C, H, W), uint8 or float32 in [-1, 1]."""
-
-    is_image = True
-
-    def _measure(self, samples: Tensor) -> dict[str, float]:
-        return _measure_images(samples)
 
 
 class ImageFiles(Data):
@@ -127,7 +108,7 @@ class ImageFiles(Data):
             yield self._noisy(decoded, torch.device(device)), decoded.positions
 
     def _measure(self, samples: Tensor) -> dict[str, float]:
-        return _measure_images(samples)
+        return measure_images(samples)
 
     @cached_property
     def _names_digest(self) -> str:
@@ -135,50 +116,6 @@ class ImageFiles(Data):
 
     def _fingerprint(self) -> str:
         return self._names_digest
-
-
-def host_part(corruption: ItemCorruption | None) -> ItemCorruption | None:
-    """The corruption, if it is applied where pictures are decoded."""
-    return corruption if corruption and corruption.needs_host else None
-
-
-def finish(
-    pixels: Tensor, items: Tensor, corruption: ItemCorruption | None, device: torch.device
-) -> Tensor:
-    """Decoded images (B, C, R, R) uint8 to the device; there normalised, and corrupted by what the
-    host has not done. Returns float32 in [-1, 1].
-    """
-    x = to_float(to_device(pixels, device))
-    if corruption and not corruption.needs_host:
-        return corruption(x, to_device(items, device))
-    return x
-
-
-def decode_in_workers(
-    decoder: torch.utils.data.Dataset, order: Iterator[list], workers: int, collate: Collate,
-    path: Path,
-) -> Iterator[Decoded]:
-    """Batches of an order, decoded by worker processes (in this one if ``workers`` is 0).
-
-    Raises:
-        RunError: if reading fails for good.
-    """
-    loader = torch.utils.data.DataLoader(
-        decoder, batch_sampler=order, num_workers=workers, collate_fn=Packed(collate),
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),  # else it would take a number from the global one
-    )
-    try:
-        # As many as the loader takes: half made for want of them, it would print a traceback.
-        [multiprocessing.Lock() for _ in range(8 + 3 * workers if workers else 0)]
-        for packed in loader:
-            yield Packed.unpack(packed)
-    except RobustDMError:
-        raise
-    except Exception as error:  # a worker's comes with its traceback: the last line says what
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-        raise RunError(f"reading images of {path} failed: {reason.strip()}; go on with --resume, "
-                       "--workers 0 reads them in this process") from error
 
 
 def _data_path(config: TrainConfig) -> Path:
@@ -211,8 +148,6 @@ def open_images(config: TrainConfig) -> tuple[Path, Tensor | Pictures | Beginnin
     """
     path = _data_path(config)
     if config.stream:
-        from robustdm.data.streamed import Beginning
-
         return path, Beginning.read(config)
     images = None
     if path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES:
@@ -251,8 +186,6 @@ def image_data(config: TrainConfig, opened: tuple | None = None) -> Data:
     name = config.data if config.data != "images" else path.name
     limit = config.resident_gib * 2**30
     if config.stream:
-        from robustdm.data.streamed import StreamedImages
-
         return StreamedImages(name, images, config, corruption_of(config, images.pictures.channels))
     common = dict(holdout=config.holdout, seed=config.seed)
     if isinstance(images, Tensor):

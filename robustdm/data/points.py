@@ -15,7 +15,7 @@ from torch import Tensor
 from robustdm.data.base import TensorData
 from robustdm.errors import UsageError
 from robustdm.metrics import sliced_wasserstein
-from robustdm.random import Stream, element_index, normal, philox, uniform
+from robustdm.ops.stream import Stream, element_index, normal, philox, uniform
 
 # Step of the grid that outliers are drawn from, original units.
 GRID_STEP = 2.0

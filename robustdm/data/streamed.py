@@ -16,21 +16,17 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
+from robustdm.data.base import ImageTensor
 from robustdm.data.corruption import ItemCorruption
 from robustdm.data.databases import HubStream, is_hub, sha256_of_files
 from robustdm.data.decode import quiet
-from robustdm.data.files import Collate, Decoded, Pictures, check_quarantine, scan
-from robustdm.data.images import (
-    ImageTensor,
-    decode_in_workers,
-    finish,
-    host_part,
-)
+from robustdm.data.files import Pictures, check_quarantine, scan
+from robustdm.data.workers import Collate, Decoded, decode_in_workers, finish, host_part
 from robustdm.errors import RunError, UsageError
-from robustdm.random import shuffled
+from robustdm.ops.stream import shuffled
 
 if TYPE_CHECKING:
-    from robustdm.training.config import TrainConfig
+    from robustdm.runs.config import TrainConfig
 
 # Rows at the beginning that are held decoded: what can be looked at, and the held-out part.
 HEAD = 1024

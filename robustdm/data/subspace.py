@@ -17,7 +17,7 @@ from robustdm.data.base import TensorData
 from robustdm.data.corruption import Corruption
 from robustdm.errors import UsageError
 from robustdm.metrics import psnr, sliced_wasserstein, subspace_error
-from robustdm.random import Stream, element_index, normal, philox
+from robustdm.ops.stream import Stream, element_index, normal, philox
 
 
 def principal_components(points: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustdm.metrics.frechet import FeatureStatistics
-from robustdm.random import Stream, element_index, normal, philox
+from robustdm.ops.stream import Stream, element_index, normal, philox
 
 # median(|z|) of a standard normal z.
 _MEDIAN_ABS_NORMAL = 0.6744897501960817

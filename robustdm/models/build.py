@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from robustdm.device import normalisable
 from robustdm.errors import UsageError, importing
 from robustdm.models.mlp import PointMLP
-from robustdm.training.config import TrainConfig
+from robustdm.ops.reference import normalisable
+from robustdm.runs.config import TrainConfig
 
 
 def unet_config(config: TrainConfig, channels: int) -> dict:

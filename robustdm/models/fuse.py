@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustdm import ops
-from robustdm.dropout import PASS_STRIDE, mask_source
 from robustdm.errors import UsageError
+from robustdm.ops.dropout import PASS_STRIDE, mask_source
 
 
 class FusedGroupNorm(nn.GroupNorm):

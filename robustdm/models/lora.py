@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustdm.errors import UsageError
-from robustdm.training.config import TrainConfig
+from robustdm.runs.config import TrainConfig
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 

@@ -22,11 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robustdm import plots
+from robustdm.method.objectives import Draw, Objective
+from robustdm.method.predict import predict_noise
+from robustdm.method.schedule import expand
 from robustdm.metrics import frechet_distance
-from robustdm.network import predict_noise
-from robustdm.objectives import Draw, Objective
-from robustdm.schedule import expand
+from robustdm.models.load_run import objective_of, schedule_of
+from robustdm.reporting import plots
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import subspace
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
@@ -37,9 +40,6 @@ from robustdm.studies.runner import (
     summarise,
     write_results,
 )
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
-from robustdm.training.run import objective_of, schedule_of
 
 EXACT = "exact (robust_adv)"
 _ADV = dict(objective="robust_adv", lambda_mode="ray")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from robustdm import plots
-from robustdm.attacks import TrajectoryAttack
-from robustdm.baselines import Baseline
+from robustdm.method.baselines import Baseline
+from robustdm.method.trajectory_attack import TrajectoryAttack
+from robustdm.reporting import plots
 from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim, spread
 from robustdm.studies.denoising import tables
 from robustdm.studies.page import write_page

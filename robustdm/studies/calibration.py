@@ -17,8 +17,8 @@ from robustdm.data import Corruption
 from robustdm.data.digits import load_digits
 from robustdm.data.read import read_images
 from robustdm.errors import UsageError
-from robustdm.evaluation import features_of
-from robustdm.features import load_extractor
+from robustdm.evaluation.features import load_extractor
+from robustdm.evaluation.measure import features_of
 from robustdm.metrics import FeatureStatistics, frechet_distance
 from robustdm.studies.claims import Claim, by_seed, judge, ratio_claim, untested
 from robustdm.studies.page import write_page

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from robustdm import plots
+from robustdm.method.closed_form import Setting, generated_deviation
+from robustdm.method.perturbation import Perturbation
 from robustdm.metrics import psnr
-from robustdm.perturbation import Perturbation
-from robustdm.planner import Setting, generated_deviation
+from robustdm.models.load_run import schedule_of
+from robustdm.reporting import plots
 from robustdm.studies import subspace
 from robustdm.studies.claims import (
     EFFECT,
@@ -47,7 +48,6 @@ from robustdm.studies.scales import (
     noise_name,
 )
 from robustdm.studies.tradeoff import equal_signal_claim
-from robustdm.training.run import schedule_of
 
 SIGMAS = (0.1, 0.2)
 READ = (
@@ -90,7 +90,7 @@ def sheet(scale: Scale, arms: Sequence[Arm]) -> dict[str, tuple[bytes, str]]:
         return {}
     import io
 
-    from robustdm.images import grid, to_pil
+    from robustdm.reporting.images import grid, to_pil
 
     shown = [arm for arm in arms if arm.config.seed == 0]
     buffer = io.BytesIO()

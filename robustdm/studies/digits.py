@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from robustdm import images, plots
 from robustdm.data import load_data
+from robustdm.reporting import images, plots
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import subspace, tradeoff
 from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
@@ -23,8 +25,6 @@ from robustdm.studies.runner import (
     summarise,
     write_results,
 )
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
 
 STEPS = 1200
 SAMPLES = 128

@@ -14,9 +14,10 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from robustdm import plots
-from robustdm.baselines import Baseline
 from robustdm.data import load_data
+from robustdm.method.baselines import Baseline
+from robustdm.reporting import plots
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies.approximations import units
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.denoising import sheet
@@ -24,7 +25,6 @@ from robustdm.studies.page import write_page
 from robustdm.studies.runner import Arm, baseline_arms, summarise
 from robustdm.studies.scales import METHODS, Scale, corrupted
 from robustdm.studies.tradeoff import equal_signal_claim
-from robustdm.training.config import TrainConfig, preset_values
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from robustdm import plots
 from robustdm.errors import UsageError
-from robustdm.perturbation import Perturbation
-from robustdm.sampling import sample
+from robustdm.method.perturbation import Perturbation
+from robustdm.method.sampling import sample
+from robustdm.models.load_run import schedule_of
+from robustdm.reporting import plots
 from robustdm.studies import invitro, subspace
 from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim, untested
 from robustdm.studies.page import write_page
@@ -26,7 +27,6 @@ from robustdm.studies.runner import (
 )
 from robustdm.studies.scales import Scale
 from robustdm.studies.tradeoff import equal_signal_claim
-from robustdm.training.run import schedule_of
 
 DIFFERS = (
     "The paper gives neither the number of points, the network, nor the noise's strength: here "

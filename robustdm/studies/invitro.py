@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robustdm import plots
 from robustdm.data import load_data
-from robustdm.sampling import sample
+from robustdm.method.sampling import sample
+from robustdm.models.load_run import schedule_of
+from robustdm.reporting import plots
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import subspace
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (
@@ -28,9 +31,6 @@ from robustdm.studies.runner import (
     write_results,
 )
 from robustdm.studies.subspace import OBJECTIVES
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
-from robustdm.training.run import schedule_of
 
 SETS = {
     "plane, inlier noise": ("plane", dict(point_noise="inlier", point_noise_level=1.0)),

@@ -12,11 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustdm.data import Corruption, SubspaceData, load_data
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import digits, invitro, subspace
 from robustdm.studies.claims import Claim, Spread
 from robustdm.studies.runner import Arm, run_arms, summarise, write_results
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
 
 MODES = ("ray", "x", "std", "literal")
 OBJECTIVES = {"DDPM": subspace.OBJECTIVES["DDPM"]} | {

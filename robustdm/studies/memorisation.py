@@ -9,17 +9,17 @@ import dataclasses
 
 import torch
 
-from robustdm import plots
-from robustdm.baselines import DEFAULT_STRENGTH, blur
 from robustdm.data import load_data
-from robustdm.evaluation import features_of
-from robustdm.features import cache_directory, load_extractor
+from robustdm.evaluation.features import cache_directory, load_extractor
+from robustdm.evaluation.measure import features_of
+from robustdm.method.baselines import DEFAULT_STRENGTH, blur
 from robustdm.metrics import nearest, nearness
+from robustdm.reporting import plots
+from robustdm.runs.config import preset_values
 from robustdm.studies.claims import EFFECT, Claim, by_seed, judge, ratio_claim, untested
 from robustdm.studies.page import write_page
 from robustdm.studies.runner import load_samples, summarise
 from robustdm.studies.scales import METHODS, Scale, corrupted
-from robustdm.training.config import preset_values
 
 GROUP = "clean data"
 DRASTIC = 0.5

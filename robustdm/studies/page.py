@@ -8,11 +8,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from robustdm import plots, webpage
+from robustdm.reporting import plots, webpage
+from robustdm.reporting.tables import text_table
+from robustdm.runs.rundir import provenance, write_text
 from robustdm.studies.claims import Claim
 from robustdm.studies.runner import write_results
-from robustdm.tables import text_table
-from robustdm.training.rundir import provenance, write_text
 
 Rows = Mapping[str, Mapping[str, object]]
 

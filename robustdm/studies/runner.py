@@ -18,21 +18,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from robustdm.attacks import TrajectoryAttack
-from robustdm.baselines import Baseline
 from robustdm.data import Data, batches, load_data
+from robustdm.device import resolve_device
 from robustdm.errors import RunError, UsageError
-from robustdm.evaluation import Generator, features_of, generate, measure
-from robustdm.features import cache_directory, load_extractor
+from robustdm.evaluation.features import cache_directory, load_extractor
+from robustdm.evaluation.measure import Generator, features_of, generate, measure
 from robustdm.host import keep_freed_memory
+from robustdm.method.baselines import Baseline
+from robustdm.method.trajectory_attack import TrajectoryAttack
 from robustdm.models import build_model
-from robustdm.pretrained import ORIGIN_FIELDS
+from robustdm.models.load_run import schedule_of
+from robustdm.models.pretrained import ORIGIN_FIELDS
+from robustdm.reporting.progress import duration
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import CHANGEABLE, git_revision, parse_json, provenance
 from robustdm.studies.claims import Claim, Spread, spread
-from robustdm.training.config import TrainConfig
-from robustdm.training.progress import duration
-from robustdm.training.run import schedule_of
-from robustdm.training.rundir import CHANGEABLE, git_revision, parse_json, provenance
-from robustdm.training.trainer import Trainer, resolve_device
+from robustdm.training.trainer import Trainer
 
 SHRUNK_LAM = (0.1, 0.3)
 SHRUNK_SWEEP = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)

@@ -13,6 +13,7 @@ import torch
 from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.metrics import noise_level
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import subspace
 from robustdm.studies.runner import (
     SHRUNK_LAM,
@@ -22,7 +23,6 @@ from robustdm.studies.runner import (
     measures_of,
     run_arms,
 )
-from robustdm.training.config import TrainConfig, preset_values
 
 SCALES = ("tiny", "small", "full")
 METHODS = {

@@ -11,8 +11,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustdm import plots
 from robustdm.data import Corruption, SubspaceData
+from robustdm.reporting import plots
+from robustdm.reporting.tables import text_table
+from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.studies import tradeoff
 from robustdm.studies.claims import Claim, by_seed, judge, ratio_claim
 from robustdm.studies.runner import (
@@ -24,8 +26,6 @@ from robustdm.studies.runner import (
     summarise,
     write_results,
 )
-from robustdm.tables import text_table
-from robustdm.training.config import TrainConfig, preset_values
 
 SDS = [2.0, 1.4, 1.0, 0.7, 0.5]
 NOISE_DIMS = 27

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from robustdm import plots
+from robustdm.reporting import plots
 from robustdm.studies.claims import Claim, Spread, by_seed, ratio_claim, untested
 
 PLAIN, SHRUNK = "DDPM", "DDPM, shrunk "

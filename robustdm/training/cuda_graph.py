@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robustdm.resident import ResidentBatch
-from robustdm.training.compilation import reason_of
+from robustdm.models.compilation import reason_of
+from robustdm.ops.resident import ResidentBatch
 
 WARM_UPS = 2
 """Plain steps before a capture, in which libraries choose algorithms and buffers are made."""

@@ -18,38 +18,39 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from robustdm import __version__, images
+from robustdm import __version__
 from robustdm.data import batches
-from robustdm.device import is_out_of_memory
+from robustdm.device import device_name, is_out_of_memory
 from robustdm.distributed import Ranks, join, supervised
 from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.host import Slowdown, keep_freed_memory, threads_restored
 from robustdm.models import lora
-from robustdm.pipeline import replacing, save_pipeline
-from robustdm.pretrained import settle
-from robustdm.random import shuffled
-from robustdm.report import REDUCED_CONTRAST, write_report
-from robustdm.resident import ResidentBatch
-from robustdm.training.checkpoint import (
+from robustdm.models.compilation import compile_network, compile_step
+from robustdm.models.pipeline import replacing, save_pipeline
+from robustdm.models.pretrained import settle
+from robustdm.ops.resident import ResidentBatch
+from robustdm.ops.stream import shuffled
+from robustdm.reporting import images
+from robustdm.reporting.progress import Progress
+from robustdm.reporting.run_page import REDUCED_CONTRAST, write_report
+from robustdm.runs.checkpoint import (
     accompany,
     clean_stale,
     load_newest,
     prune,
     save_checkpoint,
 )
-from robustdm.training.compilation import compile_network, compile_step
-from robustdm.training.config import TrainConfig
-from robustdm.training.logging import make_loggers
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import RunDir, check_use, parse_json, write_bytes, write_json
 from robustdm.training.memory import (
     available_bytes,
     check_fits,
     estimate_bytes,
     finer_pieces,
 )
-from robustdm.training.progress import Progress
-from robustdm.training.rundir import RunDir, check_use, parse_json, write_bytes, write_json
 from robustdm.training.signals import SIGNALS, Stopped, StopSignals, exit_code
-from robustdm.training.trainer import Trainer, device_name
+from robustdm.training.trackers import make_loggers
+from robustdm.training.trainer import Trainer
 
 CLEAN_NOISE_LEVEL = 0.04
 """Median noise level (sd, data in [-1, 1]) under which images look clean: photographs measure

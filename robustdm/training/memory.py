@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from robustdm.device import resolve_device
 from robustdm.errors import UsageError
 from robustdm.models import build_model, lora
-from robustdm.sharded import blocks
-from robustdm.training.config import TrainConfig
-from robustdm.training.trainer import resolve_device
+from robustdm.models.sharded import blocks
+from robustdm.runs.config import TrainConfig
 
 
 def estimate_bytes(

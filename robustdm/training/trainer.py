@@ -9,32 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustdm import ops, random, sharded
+from robustdm import ops
 from robustdm.data import Data, load_data
-from robustdm.device import cudnn_benchmark, to_device, to_host
+from robustdm.device import cudnn_benchmark, resolve_device, to_device, to_host
 from robustdm.distributed import ALONE, Ranks, bits, whole
-from robustdm.dropout import unfused_dropout
 from robustdm.errors import RunError, UsageError
 from robustdm.host import fastest_threads, threads_are_given
-from robustdm.inference import fast_network
-from robustdm.models import build_model, lora
+from robustdm.method.gradients import Gradients, GradientStep, WorkingCopy
+from robustdm.method.objectives import Objective, dropout_seed
+from robustdm.method.sampling import sample
+from robustdm.models import build_model, lora, sharded
 from robustdm.models.build import set_attention
-from robustdm.objectives import Objective, dropout_seed
-from robustdm.pretrained import describe, probe, settle, start_from
-from robustdm.resident import ResidentBatch
-from robustdm.sampling import sample
-from robustdm.sharded import ShardedStep
-from robustdm.step import Gradients, GradientStep, WorkingCopy
-from robustdm.training.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    load_origin,
-    save_origin,
-)
-from robustdm.training.config import TrainConfig
-from robustdm.training.cuda_graph import StepGraph
-from robustdm.training.optimizer import EMA, SkippingAdamW
-from robustdm.training.restore import (
+from robustdm.models.inference import fast_network
+from robustdm.models.load_run import objective_of
+from robustdm.models.pretrained import describe, probe, settle, start_from
+from robustdm.models.sharded import ShardedStep
+from robustdm.models.weights import (
     check_finite,
     check_model_shapes,
     is_amount,
@@ -42,8 +32,19 @@ from robustdm.training.restore import (
     not_finite,
     optimizer_tensors,
 )
-from robustdm.training.run import objective_of
-from robustdm.training.rundir import check_same_data
+from robustdm.ops import stream
+from robustdm.ops.dropout import unfused_dropout
+from robustdm.ops.resident import ResidentBatch
+from robustdm.runs.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_origin,
+    save_origin,
+)
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import check_same_data
+from robustdm.training.cuda_graph import StepGraph
+from robustdm.training.optimizer import EMA, SkippingAdamW
 from robustdm.training.signals import SIGNALS
 
 BANDS = 4
@@ -68,7 +69,8 @@ class Trainer:
 
     Attributes:
         origin: the model that the weights started from, in a few lines; "" if there is none.
-        sharded: whether this process holds only a part of the network; see `robustdm.sharded`.
+        sharded: whether this process holds only a part of the network; see
+            `robustdm.models.sharded`.
         weights: the parameters that the optimizer updates, or this rank's part of each.
         parameters, trained: numbers of the network, all and those that training changes.
     """
@@ -497,7 +499,7 @@ class Trainer:
             "is_image": self.data.is_image,
             "elapsed": self.elapsed,
             "skipped": int(self.skipped),
-            "random_layout": random.LAYOUT_VERSION,
+            "random_layout": stream.LAYOUT_VERSION,
             "data": self.data.identity(),
             "optimizer": settings,
         }
@@ -520,10 +522,10 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        if state["random_layout"] != random.LAYOUT_VERSION:
+        if state["random_layout"] != stream.LAYOUT_VERSION:
             raise UsageError(
                 f"{checkpoint.path} was drawn with random layout {state['random_layout']}, this "
-                f"version has {random.LAYOUT_VERSION}: continue it with the version that wrote it"
+                f"version has {stream.LAYOUT_VERSION}: continue it with the version that wrote it"
             )
         check_same_data(state["data"], self.data.identity(), checkpoint.path)
         for name in ("elapsed", "skipped"):
@@ -550,34 +552,3 @@ class Trainer:
         load_optimizer(self.optimizer, moments, state["optimizer"])
         self.step, self.elapsed = checkpoint.step, state["elapsed"]
         self.skipped.fill_(state["skipped"])
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, and CUDA without a number is this process's GPU: other
-    threads would take it for the first.
-
-    Raises:
-        UsageError: for a device that does not exist here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UsageError(f"device is {name!r}, but {count} CUDA devices are here: use cpu")
-        if device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or the number of threads that the CPU may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

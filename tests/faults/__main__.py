@@ -79,7 +79,7 @@ def _clear() -> None:
 
 
 def _table(records, groups, seconds: float) -> None:
-    from robustdm.tables import text_table
+    from robustdm.reporting.tables import text_table
 
     _clear()
     rows = {}

@@ -8,7 +8,7 @@ import shutil
 import safetensors.torch
 
 from robustdm import RunError
-from robustdm.training.checkpoint import (
+from robustdm.runs.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,

@@ -7,8 +7,10 @@ import resource
 import sys
 from pathlib import Path
 
-from robustdm.training import checkpoint, loop, progress, rundir
-from robustdm.training.checkpoint import list_checkpoints, verify
+from robustdm.reporting import progress
+from robustdm.runs import checkpoint, rundir
+from robustdm.runs.checkpoint import list_checkpoints, verify
+from robustdm.training import loop
 
 from .campaign import Found, Trial
 from .runs import (

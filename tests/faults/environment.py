@@ -17,10 +17,11 @@ from pathlib import Path
 import yaml
 
 from robustdm import train as command
-from robustdm.training import checkpoint, loop
-from robustdm.training.checkpoint import list_checkpoints, verify
-from robustdm.training.config import TrainConfig
-from robustdm.training.rundir import read_metrics
+from robustdm.runs import checkpoint
+from robustdm.runs.checkpoint import list_checkpoints, verify
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.rundir import read_metrics
+from robustdm.training import loop
 
 from .campaign import Found, Trial
 from .runs import (

@@ -42,7 +42,7 @@ def warm_up() -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
 
     import robustdm.data.images  # noqa: F401
-    import robustdm.evaluation  # noqa: F401
+    import robustdm.evaluation.measure  # noqa: F401
     import robustdm.models.fuse  # noqa: F401
     from robustdm.data.digits import load_digits
 

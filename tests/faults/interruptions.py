@@ -8,7 +8,9 @@ import threading
 import time
 
 from robustdm.data import images
-from robustdm.training import checkpoint, faults, loop
+from robustdm.runs import checkpoint
+from robustdm.training import loop
+from tests.faults.deadly import kill_after_bytes
 
 from .campaign import Found, Trial
 from .runs import (
@@ -45,11 +47,11 @@ def kill(trial: Trial) -> Found:
             child.wait()
     elif trial.number < RANDOM_KILLS + BYTE_KILLS:
         count = trial.random.randrange(whole.written)
-        where = f"{kind}, ROBUSTDM_FAULT=kill@bytes:{count} of {whole.written}"
+        where = f"{kind}, after {count} bytes of {whole.written}"
 
         def die() -> None:
             def work() -> int:
-                faults.FAULT = f"kill@bytes:{count}"
+                kill_after_bytes(count)
                 return train(resumed(config))
 
             call(work)

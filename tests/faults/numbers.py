@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from robustdm import load_run, objectives
+from robustdm import load_run
+from robustdm.method import objectives
+from robustdm.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from robustdm.runs.config import TrainConfig
 from robustdm.training import loop
-from robustdm.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from robustdm.training.config import TrainConfig
 
 from .campaign import Found, Trial
 from .ranks import Job

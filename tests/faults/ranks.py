@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from robustdm import distributed
+from robustdm.runs.checkpoint import load_newest
+from robustdm.runs.config import TrainConfig
 from robustdm.training import loop
-from robustdm.training.checkpoint import load_newest
-from robustdm.training.config import TrainConfig
 
 from .campaign import Found, Trial
 from .runs import (

@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from robustdm.cli import guard
+from robustdm.runs.checkpoint import list_checkpoints, load_newest, verify
+from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.rundir import read_metrics, write_text
 from robustdm.training import loop
-from robustdm.training.checkpoint import list_checkpoints, load_newest, verify
-from robustdm.training.config import TrainConfig, preset_values
-from robustdm.training.rundir import read_metrics, write_text
 
 from .campaign import Skip, Trial
 

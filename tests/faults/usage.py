@@ -26,7 +26,6 @@ from robustdm import (
     evaluate,
     fast_network,
     fuse,
-    images,
     load_run,
     memorise,
     ops,
@@ -34,14 +33,15 @@ from robustdm import (
     report,
     reproduce,
     sample,
-    sampling,
     steps,
     train,
 )
-from robustdm.attacks import TrajectoryAttack, attacked_steps
-from robustdm.baselines import Baseline
 from robustdm.data import __main__ as data
-from robustdm.training.config import TrainConfig, preset_values
+from robustdm.method import sampling
+from robustdm.method.baselines import Baseline
+from robustdm.method.trajectory_attack import TrajectoryAttack, attacked_steps
+from robustdm.reporting import images
+from robustdm.runs.config import TrainConfig, preset_values
 
 from .campaign import Found, Trial
 from .runs import call, reference

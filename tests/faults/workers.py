@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from robustdm.data import files, images
+from robustdm.runs.config import TrainConfig
 from robustdm.training import loop
-from robustdm.training.config import TrainConfig
 
 from .campaign import Found, Trial
 from .ranks import Job, whole

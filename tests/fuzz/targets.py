@@ -20,13 +20,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import save as to_safetensors
 
-from robustdm import cli, pretrained, report, run_files
+from robustdm import cli
 from robustdm.data import arrays, cifar, decode, files
 from robustdm.errors import RunError, UsageError
-from robustdm.models import build_model
-from robustdm.training import checkpoint, rundir
-from robustdm.training.config import TrainConfig, preset_values
-from robustdm.training.run import load_run
+from robustdm.models import build_model, pretrained
+from robustdm.models.load_run import load_run
+from robustdm.reporting import run_page
+from robustdm.runs import checkpoint, rundir
+from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.files import column, read_run
 from robustdm.training.trainer import Trainer
 
 
@@ -248,7 +250,7 @@ class Checkpoint(Target):
     """A checkpoint directory: as it lies there, and with a manifest that was made to fit."""
 
     name = "checkpoint"
-    modules = ("robustdm/training/checkpoint.py",)
+    modules = ("robustdm/runs/checkpoint.py",)
     slots = ("checkpoints/step-00000005/MANIFEST.json", "checkpoints/step-00000005/a.safetensors",
              "checkpoints/step-00000005/state.json", "manifest", "a.safetensors", "state.json")
     _group = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
@@ -308,8 +310,9 @@ class Run(Target):
     """The directory of a run, read to sample from it and to start from it."""
 
     name = "run"
-    modules = ("robustdm/training/run.py", "robustdm/training/config.py", "robustdm/pretrained.py",
-               "robustdm/training/rundir.py", "robustdm/models/build.py")
+    modules = ("robustdm/models/load_run.py", "robustdm/runs/config.py",
+               "robustdm/models/pretrained.py", "robustdm/runs/rundir.py",
+               "robustdm/models/build.py")
     slots = ("config.yaml", "state.json", "ema_0.995.safetensors")
 
     @cached_property
@@ -348,7 +351,7 @@ class Resume(Target):
     """The checkpoint that a run is continued from: it is refused, or the next step can be taken."""
 
     name = "resume"
-    modules = ("robustdm/training/restore.py", "robustdm/training/trainer.py")
+    modules = ("robustdm/models/weights.py", "robustdm/training/trainer.py")
     slots = ("state.json", "optimizer.safetensors", "model.safetensors", "ema_0.995.safetensors")
     _fields = dict(_POINTS, num_points=64, batch_size=8, ema_rates=(0.995,), device="cpu")
 
@@ -381,7 +384,7 @@ class Config(Target):
     """A YAML file of a configuration."""
 
     name = "config"
-    modules = ("robustdm/training/config.py", "robustdm/cli.py")
+    modules = ("robustdm/runs/config.py", "robustdm/cli.py")
     slots = ("config.yaml",)
 
     @cached_property
@@ -405,7 +408,8 @@ class Report(Target):
     """What a report is made of, but for its figures."""
 
     name = "report"
-    modules = ("robustdm/run_files.py", "robustdm/report.py", "robustdm/training/rundir.py")
+    modules = ("robustdm/runs/files.py", "robustdm/reporting/run_page.py",
+               "robustdm/runs/rundir.py")
     slots = ("metrics.jsonl", "summary.json", "run.json", "config.yaml", "samples/final.npz",
              "samples/step-00000002.npz", "samples/reference.npz")
 
@@ -431,10 +435,10 @@ class Report(Target):
         }
 
     def read(self, folder, slot):
-        run = run_files.read_run(folder)
-        run.last("loss"), run_files.column(run.rows, "loss")
-        with patch.multiple(report, _curves=lambda run: "", _schedule=lambda run: ""):
-            report.page(run)
+        run = read_run(folder)
+        run.last("loss"), column(run.rows, "loss")
+        with patch.multiple(run_page, _curves=lambda run: "", _schedule=lambda run: ""):
+            run_page.page(run)
         lines = rundir.RunDir(folder, -1)
         lines.truncate_metrics(2)
         # What it writes does not depend on what it reads; it asks git, and YAML takes its time.
@@ -447,8 +451,8 @@ class Diffusers(Target):
     """A diffusers directory."""
 
     name = "diffusers"
-    modules = ("robustdm/pretrained.py", "robustdm/pipeline.py", "robustdm/schedule.py",
-               "robustdm/models/improved.py")
+    modules = ("robustdm/models/pretrained.py", "robustdm/models/pipeline.py",
+               "robustdm/method/schedule.py", "robustdm/models/improved.py")
     slots = ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json",
              "unet/diffusion_pytorch_model.safetensors")
 
@@ -485,7 +489,7 @@ class Improved(Target):
     """An improved-diffusion state dict: its names and shapes, and the two forms of its file."""
 
     name = "improved"
-    modules = ("robustdm/models/improved.py", "robustdm/pretrained.py")
+    modules = ("robustdm/models/improved.py", "robustdm/models/pretrained.py")
     slots = ("shapes.json", "model.pt", "model.safetensors")
 
     @cached_property

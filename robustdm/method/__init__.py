@@ -1,0 +1,1 @@
+"""The method: objectives, perturbations, samplers and attacks. Read this first."""

@@ -1,0 +1,176 @@
+"""Diffusion and random perturbation of a batch, in one launch."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from robustdm.ops.checks import (
+    as_vector,
+    check_device,
+    check_dtype,
+    check_float,
+    check_items,
+    check_key,
+    check_per_sample,
+    check_values,
+    dense,
+    dense_format,
+    like_input,
+    need,
+)
+from robustdm.ops.dispatch import choose, eager, implementation, registered
+from robustdm.ops.stream import check_word
+
+
+def _kernels() -> ModuleType:
+    from robustdm.kernels import noise_perturb
+
+    return noise_perturb
+
+
+def _run_noise_perturb(
+    x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_values("noise_perturb", radius)
+    module = implementation("noise_perturb", _kernels, backend, x0.device, dtype)
+    xt, x_ran = module.noise_perturb(x0, signal, noise, radius, key, dtype)
+    return like_input(xt, x0), like_input(x_ran, x0)
+
+
+_noise_perturb = registered(_run_noise_perturb)
+
+
+@_noise_perturb.register_fake
+def _(x0, signal, noise, radius, key, dtype, backend):
+    return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+
+
+def _noise_perturb_setup(ctx, inputs, output):
+    x0, signal = inputs[0], inputs[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(signal)
+    ctx.shape, ctx.dtype = x0.shape, x0.dtype
+
+
+def _noise_perturb_backward(ctx, grad_xt, grad_x_ran):
+    (signal,) = ctx.saved_tensors
+    parts = [grad for grad in (grad_xt, grad_x_ran) if grad is not None]
+    if not parts:
+        return (None,) * 7
+    grad = (signal.view(-1, *[1] * (len(ctx.shape) - 1)) * sum(parts)).to(ctx.dtype)
+    return grad, None, None, None, None, None, None
+
+
+_noise_perturb.register_autograd(_noise_perturb_backward, setup_context=_noise_perturb_setup)
+_eager_noise_perturb = eager(_run_noise_perturb, _noise_perturb_setup, _noise_perturb_backward)
+
+
+def noise_perturb(
+    x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, *,
+    dtype: torch.dtype | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Diffuse a batch, and perturb it at random: x_t and x_t + s delta_ran, in one launch.
+
+    eps and delta_ran come from the random stream and are never stored: other ops, and
+    `robustdm.ops.stream.element_noise`, draw the same numbers again from the same ``key``.
+
+    Args:
+        x0: (B, ...) float, data units.
+        signal, noise: (B,) sqrt(abar_t) and sqrt(1 - abar_t).
+        radius: (B,) radius of the l-inf ball, eps-units, 0 or more.
+        key: (3,) int64 on x0's device: seed, step, global index of the first sample.
+        dtype: of both results; x0's if None.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        x_t and x_ran, (B, ...) in x0's memory format.
+
+    Raises:
+        UsageError: for wrong shapes, dtypes, devices or values, or a backend that is off.
+
+    Source: Briglia et al. 2026, Eq. 7 and Algorithm 1.
+    """
+    op = "noise_perturb"
+    need(op, x0.ndim >= 1, "x0 has no dimension: give a batch (B, ...)")
+    check_float(op, "x0", x0)
+    check_per_sample(op, "x0", x0, signal=signal, noise=noise, radius=radius)
+    check_key(op, "x0", x0, key)
+    dtype = dtype or x0.dtype
+    check_dtype(op, dtype)
+    (x0,) = dense(x0)
+    run = choose(x0, _noise_perturb, _eager_noise_perturb)
+    return run(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
+               backend)
+
+
+def _run_noise_perturb_resident(
+    data: Tensor, items: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor,
+    dtype: torch.dtype, flip: bool, corrupt_fraction: float, corrupt_sigma: float,
+    corrupt_seed: int, backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_values("noise_perturb_resident", radius)
+    check_items("noise_perturb_resident", items, len(data))
+    module = implementation("noise_perturb_resident", _kernels, backend, data.device, dtype)
+    outputs = module.noise_perturb_resident(
+        data, items, signal, noise, radius, key, dtype, flip, corrupt_fraction, corrupt_sigma,
+        corrupt_seed,
+    )
+    return tuple(out.contiguous(memory_format=torch.channels_last) for out in outputs)
+
+
+_noise_perturb_resident = registered(_run_noise_perturb_resident)
+
+
+@_noise_perturb_resident.register_fake
+def _(data, items, signal, noise, radius, key, dtype, *rest):
+    shape = (items.shape[0], *data.shape[1:])
+    return tuple(
+        torch.empty(shape, dtype=dtype, device=data.device, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+
+
+def noise_perturb_resident(
+    data: Tensor, items: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, *,
+    dtype: torch.dtype = torch.float32, flip: bool = False, corrupt_fraction: float = 0.0,
+    corrupt_sigma: float = 0.0, corrupt_seed: int = 0, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`noise_perturb` of images that lie on the device as uint8: gathered, normalised, corrupted,
+    flipped, diffused and perturbed in one launch.
+
+    Args:
+        data: (N, C, H, W) uint8, the whole set.
+        items: (B,) int64 rows of ``data``, from 0 to N - 1; trusted on a GPU.
+        flip: mirror half of the images left to right, as this step's draw says.
+        corrupt_fraction, corrupt_sigma, corrupt_seed: the set's one noisy realisation, as in
+            `robustdm.data.Corruption`; none by default.
+        others: as in `noise_perturb`.
+
+    Returns:
+        x_t and x_ran, (B, C, H, W), channels-last.
+
+    Raises:
+        UsageError: for wrong shapes, dtypes, devices or values, or a backend that is off.
+    """
+    op = "noise_perturb_resident"
+    need(op, data.ndim == 4 and data.dtype == torch.uint8,
+         f"data is {data.dtype} of shape {tuple(data.shape)}: give (N, C, H, W) uint8")
+    need(op, items.ndim == 1 and items.dtype == torch.int64,
+         f"items is {items.dtype} of shape {tuple(items.shape)}: give (B,) int64")
+    check_device(op, "data", data, items=items)
+    check_per_sample(op, "items", items, signal=signal, noise=noise, radius=radius)
+    check_key(op, "data", data, key)
+    need(op, 0 <= corrupt_fraction <= 1 and corrupt_sigma >= 0,
+         f"corrupt_fraction is {corrupt_fraction}, corrupt_sigma {corrupt_sigma}: give a share "
+         "from 0 to 1 and a standard deviation, 0 or more")
+    check_dtype(op, dtype)
+    check_word("corrupt_seed", corrupt_seed)
+    if dense_format(data) is None:
+        data = data.contiguous()
+    run = choose(data, _noise_perturb_resident, _run_noise_perturb_resident)
+    return run(
+        data, items.contiguous(), *(as_vector(v, dtype) for v in (signal, noise, radius)), key,
+        dtype, flip, corrupt_fraction, corrupt_sigma, corrupt_seed, backend,
+    )

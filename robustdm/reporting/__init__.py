@@ -1,0 +1,1 @@
+"""Plots, pictures, tables and pages."""
