@@ -45,7 +45,7 @@ def losses(device: str, precision: str, graph: bool, tiny: bool) -> dict:
     for _ in range(STEPS):
         trainer.train_step(next(stream)[0])
         found.append(trainer.window().get("loss"))
-    return {"losses": found, "warned": warned, "skipped": int(trainer.skipped),
+    return {"losses": found, "warned": warned, "skipped": int(trainer.metrics.skipped),
             "replayed": trainer.replays_graph}
 
 

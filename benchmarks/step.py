@@ -224,7 +224,7 @@ class Ladder(Trainer):
         if not options.optimizer:
             copies = [] if self.network is self.model else list(self.network.parameters())
             self.optimizer = SkippingAdamW(self.model, config.lr, config.weight_decay,
-                                           self.emas[0], copies, "torch")
+                                           self.emas, copies, "torch")
         self.steps: dict[str, GradientStep] = {}
         self.compiled: dict[str, dict] = {}
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from conftest import gradients_of
 from test_pretrained import TINY, predict, quiet, save, tiny
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -75,7 +76,8 @@ def test_a_short_run_does_not_return_the_old_weights():
     ema, left = EMA(model, rate), {}
     nn.init.zeros_(model.weight)
     for step in range(20):
-        ema.update(step)
+        ema.prepare(step)
+        ema.update()
         left[step + 1] = ema.model.weight.item()
     assert left[1] == pytest.approx(0.1) and left[10] < 2e-5 and left[20] < 1e-6
     # Over its whole length the run averages about a tenth of it, however often it is extended.
@@ -95,7 +97,7 @@ def test_frozen_parameters_get_no_gradient_state_or_update(tmp_path, precision, 
     trainer = Trainer(tiny(tmp_path, folder, freeze=FROZEN, precision=precision, backend=backend,
                            weight_decay=0.1, ema_rates=(0.5, 0.9)))
     x0 = trainer.data.batch(torch.arange(8))
-    trainer.gradients(x0, trainer._key(0), True)
+    gradients_of(trainer, x0, trainer._key(0))
     for name, p in trainer.model.named_parameters():
         assert (p.grad is None) == is_frozen(name), name
     for _ in range(2):
@@ -125,7 +127,7 @@ def test_the_other_gradients_are_the_same(tmp_path, backend):
                    for names in ((), FROZEN))
     x0 = whole.data.batch(torch.arange(8))
     for trainer in (whole, part):
-        trainer.gradients(x0, trainer._key(0), True)
+        gradients_of(trainer, x0, trainer._key(0))
     for (name, p), q in zip(whole.model.named_parameters(), part.model.parameters(), strict=True):
         if not is_frozen(name):
             assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7), name

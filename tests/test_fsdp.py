@@ -20,7 +20,9 @@ from robustdm.errors import UsageError
 from robustdm.models.sharded import blocks
 from robustdm.runs.checkpoint import load_newest
 from robustdm.runs.config import TrainConfig
+from robustdm.training import parallel
 from robustdm.training.memory import estimate_bytes
+from robustdm.training.step_metrics import StepMetrics
 from robustdm.training.trainer import Trainer
 
 ATTENDS = UNET | dict(attention_resolutions=(4,), dropout=0.0, flip=False)
@@ -61,8 +63,8 @@ def double_steps(rank, config, count):
     """Weights, averages and moments after some steps in float64, and what is sent in each step."""
     real = trainer_module.build_model
     trainer_module.build_model = lambda *arguments: real(*arguments).double()
-    Trainer._bits = lambda self: 0  # of float32, as are the statistics
-    Trainer._record = lambda *_: None
+    parallel.bits = lambda weights: 0  # of float32, as are the metrics
+    StepMetrics.add = lambda *_: None
     with join("cpu", 0.5) as found:
         trainer, sent = Trainer(config, ranks=found), []
         stream = batches(trainer.data, config, 0, trainer.device, found)
@@ -187,7 +189,7 @@ def nan_on_one(rank, config):
             assert moved == (step not in (1, 2)), step
         averages = trainer.emas[0].averages().values()
         moments = [v for s in trainer.optimizer.state.values() for v in s.values() if v.ndim]
-        return (int(trainer.skipped), all(bool(p.isfinite().all()) for p in averages),
+        return (int(trainer.metrics.skipped), all(bool(p.isfinite().all()) for p in averages),
                 [sum(t.numel() for t in group) for group in (trainer.weights, averages, moments)],
                 trainer.parameters)
 
@@ -213,7 +215,8 @@ def two_steps(rank, config):
 
         before, seen = weights(), set()
         stream = batches(trainer.data, config, 0, trainer.device, found)
-        for block in blocks(trainer.network) if trainer.sharded else ():
+        parts = isinstance(trainer.parallel, parallel.Sharded)
+        for block in blocks(trainer.network) if parts else ():
             block.register_forward_pre_hook(lambda m, _: seen.update(map(dtype, m.parameters())))
         for _ in range(2):
             trainer.train_step(next(stream)[0])
@@ -327,7 +330,8 @@ def test_what_cannot_be_had_is_refused(tmp_path):
         with pytest.raises(UsageError, match=text):
             TrainConfig(**ATTENDS | changes, parallel="fsdp")
     trainer = Trainer(fsdp(tmp_path))
-    assert not trainer.sharded and trainer.weights == list(trainer.model.parameters())
+    assert isinstance(trainer.parallel, parallel.Replicated)
+    assert trainer.weights == list(trainer.model.parameters())
 
 
 def test_memory_is_counted_for_one_rank():

@@ -32,7 +32,8 @@ def test_the_average_is_its_recursion(rate):
     wanted = [p.detach().double().clone() for p in model.parameters()]
     for n in range(30):
         perturb(model)
-        ema.update(n)
+        ema.prepare(n)
+        ema.update()
         decay = min(rate, (1 + n) / (10 + n))
         wanted = [decay * w + (1 - decay) * p.detach().double()
                   for w, p in zip(wanted, model.parameters(), strict=True)]
@@ -56,8 +57,9 @@ def test_it_is_adamw_on_clipped_gradients(clip, channels_last, backend):
     ours, theirs = network(), network()
     if channels_last:
         ours.to(memory_format=torch.channels_last)
-    ema, plain = EMA(ours, 0.3), EMA(theirs, 0.3)
-    optimizer = SkippingAdamW(ours, 9.0, weight_decay=0.1, ema=ema, backend=backend)
+    emas = [EMA(ours, rate) for rate in (0.3, 0.7)]
+    plain = [EMA(theirs, rate) for rate in (0.3, 0.7)]
+    optimizer = SkippingAdamW(ours, 9.0, weight_decay=0.1, emas=emas, backend=backend)
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     pairs = zip(losses(ours), losses(theirs), strict=True)
     for step, (a, b) in enumerate(pairs, 1):
@@ -72,12 +74,15 @@ def test_it_is_adamw_on_clipped_gradients(clip, channels_last, backend):
         reference.param_groups[0]["lr"] = lr
         reference.step()
         reference.zero_grad()
-        plain.update(step - 1)
+        for ema in plain:
+            ema.prepare(step - 1)
+            ema.update()
         assert norm.item() == pytest.approx(total.item(), rel=1e-5) and skipped.item() == 0
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6) and p.grad is None
-    averages = zip(ema.model.parameters(), plain.model.parameters(), strict=True)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in averages)
+    for ema, reference in zip(emas, plain, strict=True):
+        averages = zip(ema.model.parameters(), reference.model.parameters(), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in averages)
 
 
 @BACKEND

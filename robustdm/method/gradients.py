@@ -88,7 +88,7 @@ class GradientStep:
 
     def __call__(
         self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool = True,
-        dropout_seed: int | None = None, scale: float = 1.0,
+        dropout_seed: int | None = None, scale: float = 1.0, last: bool = True,
     ) -> Gradients:
         """Gradients of ``scale`` times the loss.
 
@@ -98,6 +98,7 @@ class GradientStep:
             regularised: whether this step has the regulariser, see `Objective.regularises`.
             dropout_seed: as in `robustdm.Draw`; not for a compiled step.
             scale: weight of this piece in the whole batch.
+            last: whether it is the batch's last piece, which makes no difference here.
         """
         if not self.compiled:
             return Gradients(*self._run(x0, key, regularised, dropout_seed, scale))

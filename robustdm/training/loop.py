@@ -34,7 +34,6 @@ from robustdm.reporting import images
 from robustdm.reporting.progress import Progress
 from robustdm.reporting.run_page import REDUCED_CONTRAST, write_report
 from robustdm.runs.checkpoint import (
-    accompany,
     clean_stale,
     load_newest,
     prune,
@@ -256,12 +255,11 @@ class _Session:
         self.compile_s: float | None = None
         self.waited = 0.0
         self.logged = self.started
-        # On a GPU the numbers of a step are looked at when it has got the next one to do.
-        self.at_once = trainer.device.type == "cpu"
-        self.slowdown = Slowdown() if self.at_once else None
-        self.done: tuple[int, Callable[[], int], Callable[[], list[str]]] | None = None
-        self.line: Callable[[], dict] | None = None
-        self.wished: Callable[[], set] | None = None
+        self.slowdown = Slowdown() if trainer.device.type == "cpu" else None
+        # Waiting for a step's numbers would leave a GPU idle: they are read when it has got the
+        # next step to do, and on every device alike.
+        self.late: list[Callable[[], None]] = []
+        self.wished: Callable[[], set] = set
         self.stop_signal: signal.Signals | None = None
 
     def warn(self, text: str) -> None:
@@ -322,25 +320,19 @@ class _Session:
                 self._warn_of_slowdown(self.slowdown.add(kind, time.monotonic() - begin))
             trainer.elapsed = self.before + time.monotonic() - self.started
             step, last = trainer.step, trainer.step == config.steps
-            # On a GPU, waiting for a step's numbers would leave it idle: they are read when it has
-            # got the next step to do.
-            self._check_skips()
-            self.done = step, trainer.in_a_row(), trainer.to_blame(indices)
-            if self.at_once:
-                self._check_skips()
-            self._write_line()
+            self._read_late()
+            self._look_at_skips(indices)
             stopped, due = self._decide()
             sampled = bool(config.sample_every) and step % config.sample_every == 0 and not last
             if step % every == 0 or last or sampled or stopped:
                 self._log(sampled)
-                if self.at_once or last or sampled or stopped:
-                    self._write_line()
             else:
                 self.progress.update(step)
             due |= bool(config.checkpoint_every) and step % config.checkpoint_every == 0
+            if due or last or sampled or stopped:
+                self._read_late()
             if due or last or stopped:
                 self._save(required=bool(last or stopped))
-        self._check_skips()
         result = Result(config.out, trainer.step, stopped)
         if self.stop_signal is None:
             try:
@@ -365,14 +357,12 @@ class _Session:
     def _decide(self) -> tuple[str | None, bool]:
         """Why to stop after this step, if so, and whether to save: the same on all ranks.
 
-        Other ranks hear of a wish with the step's gradients; on a GPU, which has not done this step
-        yet, with those of the step before.
+        Other ranks hear of a wish with the gradients of the step before, which are there by now.
         """
         if self.ranks.size == 1:
             known = self._wishes()
         else:
-            before, self.wished = self.wished, self.trainer.agreed()
-            known = self.wished() if self.at_once else before() if before else set()
+            known, self.wished = self.wished(), self.trainer.agreed()
         self.stop_signal = next((s for s in SIGNALS if s in known), None)
         config, done = self.config, self.trainer.step - self.first_step
         stopped = None
@@ -382,8 +372,8 @@ class _Session:
             stopped = f"--stop-after {config.stop_after}"
         elif "stop" in known:
             stopped = f"--max-time {config.max_time}"
-        # A step later known, the wish of the step after a save was made before it.
-        late = self.ranks.size > 1 and not self.at_once and self.saved_step == self.trainer.step - 1
+        # Known a step later, the wish of the step after a save was made before it.
+        late = self.ranks.size > 1 and self.saved_step == self.trainer.step - 1
         return stopped, "save" in known and not late
 
     def _sample(self, sampler: str, steps: int) -> Tensor | None:
@@ -396,10 +386,7 @@ class _Session:
 
         def progress(done: int, total: int) -> None:
             nonlocal shown
-            received = [self.signals.received]
-            if self.trainer.sharded:  # all go on or none: they call the network together
-                received = self.ranks.exchange(*received)
-            if any(received):
+            if any(self.trainer.parallel.agree(self.signals.received)):
                 raise _Interrupted
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
@@ -432,14 +419,28 @@ class _Session:
             self.lost.append(path.name)
             self.warn(str(error))
 
-    def _check_skips(self) -> None:
-        """Look at the step that was done last and not looked at, if there is one."""
-        if self.done is None:
-            return
-        (step, in_a_row, to_blame), self.done = self.done, None
-        if not (in_a_row := in_a_row()):
-            return
-        items = to_blame()
+    def _read_late(self) -> None:
+        """Read the numbers of the steps that nobody has waited for yet."""
+        late, self.late = self.late, []
+        for read in late:
+            read()
+
+    def _look_at_skips(self, indices: Tensor) -> None:
+        """Say so, later, if the step just done was skipped, and end a run that skips all of them.
+
+        Args:
+            indices: of this rank's part of the batch.
+        """
+        step, skips = self.trainer.step, self.trainer.in_a_row()
+        to_blame = self.trainer.to_blame(indices)
+
+        def read() -> None:
+            if in_a_row := skips():
+                self._skipped(step, in_a_row, to_blame())
+
+        self.late.append(read)
+
+    def _skipped(self, step: int, in_a_row: int, items: list[str]) -> None:
         named = ", ".join(items[:16]) + (f" and {len(items) - 16} more" if items[16:] else "")
         if self.ranks.main:
             self.progress.message(f"warning: step {step} skipped: loss or gradient is not finite "
@@ -454,31 +455,28 @@ class _Session:
                 )
 
     def _log(self, sampled: bool) -> None:
-        """Begin a line of metrics.jsonl; `_write_line` ends it."""
+        """Write a line of metrics.jsonl, with samples if there are any; later."""
         trainer = self.trainer
-        self.line = trainer.close_window()
+        read = trainer.close_window()
         now = time.monotonic()
-        self.extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
+        extras: dict = {"data_wait": round(self.waited / max(now - self.logged, 1e-9), 4)}
         self.waited = 0.0
         if (rate := self.progress.img_per_s) is not None:
-            self.extras["img_per_s"] = rate
+            extras["img_per_s"] = rate
         if sampled or trainer.step == self.config.steps:
             heldout = trainer.heldout_loss()
             if heldout is not None:
-                self.extras["heldout_loss"] = heldout
+                extras["heldout_loss"] = heldout
         if sampled:
             with contextlib.suppress(_Interrupted):
                 samples = self._sample("ddim", self.config.preview_steps)
                 if samples is not None:
                     name = f"step-{trainer.step:08d}"
-                    self.extras["samples"] = self._write_samples(samples, name)
+                    extras["samples"] = self._write_samples(samples, name)
         self.logged = time.monotonic()  # what samples take is not the data's
+        self.late.append(lambda: self._write_line(read() | extras))
 
-    def _write_line(self) -> None:
-        if self.line is None:
-            return
-        read, self.line = self.line, None
-        record = read() | self.extras
+    def _write_line(self, record: dict) -> None:
         if self.run_dir is not None:
             self.run_dir.append_metrics(record)
             self.loggers.log(record["step"], record)
@@ -581,8 +579,8 @@ class _Session:
                     self.warn(str(error))
                     return
                 prune(self.run_dir.checkpoints, self.config.keep_last, self.config.keep_every)
-            elif trainer.sharded:
-                accompany(trainer.state()[0])
+            else:
+                trainer.parallel.accompany(lambda: trainer.state()[0])
         self.saved = time.monotonic()
 
     def _renew(self) -> None:
@@ -594,8 +592,7 @@ class _Session:
                 self._write_reference()
                 self._write_quarantine()
         except RobustDMError:
-            if self.trainer.sharded:  # the other ranks are giving their parts
-                accompany(self.trainer.state()[0])
+            self.trainer.parallel.accompany(lambda: self.trainer.state()[0])  # as the others do
             raise
 
     def _finish(self, complete: bool) -> dict:
@@ -642,7 +639,7 @@ class _Session:
             "ranks": self.ranks.size,
             "measures": measures,
             "warnings": self.warnings,
-            "skipped": int(trainer.skipped),
+            "skipped": int(trainer.metrics.skipped),
             "time_s": round(trainer.elapsed, 1),
             "compile_s": self.compile_s and round(self.compile_s, 1),
             "img_per_s": self.progress.img_per_s,
@@ -662,7 +659,7 @@ def describe(trainer: Trainer, estimate: dict[str, int]) -> str:
     ranks = trainer.ranks.size
     pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
     pieces += f" on each of {ranks} ranks" if ranks > 1 else ""
-    pieces += ", each with a part of the network" if trainer.sharded else ""
+    pieces += trainer.parallel.note
     trained = f", {trainer.trained:,} of them trained" if config.freeze or config.lora else ""
     if config.lora:  # the adapters, their averages, and two moments of each number
         size = 4 * trainer.trained * (3 + len(config.ema_rates)) / 2**20

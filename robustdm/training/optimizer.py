@@ -33,11 +33,13 @@ class EMA:
         self._source = [p for p in model.parameters() if p.requires_grad]
         self._average = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
+        self._pull = torch.zeros((), device=self._source[0].device)
 
     def follow(self, weights: list[nn.Parameter], averages: list[nn.Parameter]) -> None:
         """From now on average this rank's parts of the weights into its parts of the averages."""
         pairs = [(w, a) for w, a in zip(weights, averages, strict=True) if w.requires_grad]
         self._source, self._average = map(list, zip(*pairs, strict=True))
+        self._pull = torch.zeros((), device=self._source[0].device)
 
     def decay(self, step: int) -> float:
         """The decay after optimizer step ``step`` (from 0)."""
@@ -47,10 +49,14 @@ class EMA:
         """The average of every weight that is trained."""
         return dict(zip(self._source, self._average, strict=True))
 
+    def prepare(self, step: int) -> None:
+        """Set the decay of the update after optimizer step ``step`` (from 0)."""
+        self._pull.fill_(1 - self.decay(step))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights after optimizer step ``step`` (from 0)."""
-        torch._foreach_lerp_(self._average, self._source, 1 - self.decay(step))
+    def update(self) -> None:
+        """Move the average towards the weights, on the device alone."""
+        torch._foreach_lerp_(self._average, self._source, [self._pull] * len(self._source))
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -64,13 +70,13 @@ class SkippingAdamW(torch.optim.AdamW):
         model: the network, in float32.
         lr: learning rate until `prepare` names another.
         weight_decay: decoupled weight decay.
-        ema: moving average to update with every step.
+        emas: moving averages to update with every step.
         copies: bfloat16 copies of the weights to write with every step, in their order.
         backend: as in `ops.adamw_ema`.
     """
 
     def __init__(
-        self, model: nn.Module, lr: float, weight_decay: float, ema: EMA | None = None,
+        self, model: nn.Module, lr: float, weight_decay: float, emas: Sequence[EMA] = (),
         copies: Sequence[Tensor] = (), backend: str = "auto",
     ):
         super().__init__(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -78,12 +84,11 @@ class SkippingAdamW(torch.optim.AdamW):
         # The Triton kernels have no optimizer: who asks for them gets what is fastest here.
         backend = "auto" if backend == "triton" else backend
         self.backend = ops.resolve("adamw_ema", backend, weights[0].device, weights[0].dtype)
-        self.ema = ema
-        self._averages = {} if ema is None else ema.averages()
+        self._emas = list(emas)
+        self._averages = emas[0].averages() if emas else {}
         self._copies = dict(zip(weights, copies, strict=True)) if copies else {}
         # What changes from step to step lies in tensors, which a CUDA graph reads anew.
         self._lr, self._decay = (torch.zeros((), device=weights[0].device) for _ in range(2))
-        self._step = 0
         self._checked = False
 
     def prepare(self, lr: float, step: int) -> None:
@@ -95,9 +100,10 @@ class SkippingAdamW(torch.optim.AdamW):
         """
         for group in self.param_groups:
             group["lr"] = lr
-        self._step = step
         self._lr.fill_(lr)
-        self._decay.fill_(0.0 if self.ema is None else self.ema.decay(step))
+        for ema in self._emas:
+            ema.prepare(step)
+        self._decay.fill_(self._emas[0].decay(step) if self._emas else 0.0)
 
     @torch.no_grad()
     def clip_and_step(
@@ -119,8 +125,10 @@ class SkippingAdamW(torch.optim.AdamW):
         if norm is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+        averages = iter(self._emas)
         if self.backend == "cpp":
             self._fused_pass(parameters, norm, clip_norm, skipped)
+            next(averages, None)  # moved in the same pass
         else:
             if clip_norm:  # not in place: two parameters may share one gradient
                 factor = _clip_factor(norm, clip_norm)
@@ -130,9 +138,9 @@ class SkippingAdamW(torch.optim.AdamW):
             # What gradient scalers use: a fused step does nothing where found_inf is one.
             self.found_inf, self.grad_scale = skipped, None
             self.step()
-            if self.ema is not None:
-                self.ema.update(self._step)
             self.write_copies()
+        for ema in averages:
+            ema.update()
         self.zero_grad(set_to_none=True)
         return norm, skipped
 

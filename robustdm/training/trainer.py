@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from robustdm import ops
 from robustdm.data import Data, load_data
 from robustdm.device import cudnn_benchmark, resolve_device, to_device, to_host
-from robustdm.distributed import ALONE, Ranks, bits, whole
+from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import RunError, UsageError
 from robustdm.host import fastest_threads, threads_are_given
-from robustdm.method.gradients import Gradients, GradientStep, WorkingCopy
+from robustdm.method.gradients import Gradients
 from robustdm.method.objectives import Objective, dropout_seed
 from robustdm.method.sampling import sample
-from robustdm.models import build_model, lora, sharded
+from robustdm.models import build_model, lora
 from robustdm.models.build import set_attention
-from robustdm.models.inference import fast_network
 from robustdm.models.load_run import objective_of
 from robustdm.models.pretrained import describe, probe, settle, start_from
-from robustdm.models.sharded import ShardedStep
 from robustdm.models.weights import (
     check_finite,
     check_model_shapes,
@@ -45,10 +43,10 @@ from robustdm.runs.config import TrainConfig
 from robustdm.runs.rundir import check_same_data
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.optimizer import EMA, SkippingAdamW
+from robustdm.training.parallel import parallel_of
 from robustdm.training.signals import SIGNALS
+from robustdm.training.step_metrics import StepMetrics
 
-BANDS = 4
-"""Equal bands of t in which the loss is logged, low noise first."""
 HELDOUT_DRAWS = 256
 """Pairs of a held-out item and a timestep behind the held-out loss."""
 PROBE_STEP = 2**32 - 1
@@ -69,9 +67,10 @@ class Trainer:
 
     Attributes:
         origin: the model that the weights started from, in a few lines; "" if there is none.
-        sharded: whether this process holds only a part of the network; see
-            `robustdm.models.sharded`.
+        parallel: how this process holds the network: `Replicated`, or `Sharded` if in parts.
+        network: runs the passes.
         weights: the parameters that the optimizer updates, or this rank's part of each.
+        metrics: what the steps came to.
         parameters, trained: numbers of the network, all and those that training changes.
     """
 
@@ -90,9 +89,8 @@ class Trainer:
         self.model = build_model(config, self.data.shape)
         if weights is not None:
             self.model.load_state_dict(weights)
-        self.sharded = config.parallel == "fsdp" and ranks.size > 1
-        if not self.sharded:  # else it moves block by block, and never lies there as a whole
-            self.model.to(self.device)
+        kind = parallel_of(config, ranks)
+        kind.place(self.model, self.device)
         if self.data.is_image:
             # Convolutions are faster channels-last, on CPUs as on GPUs.
             self.model.to(memory_format=torch.channels_last)
@@ -105,22 +103,16 @@ class Trainer:
         if config.lora:
             lora.add(self.model, config)
         self.model.train()
-        copied = config.precision == "bf16" and not self.sharded
-        self.network = WorkingCopy(self.model) if copied else self.model
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
-        self._began = self._bits() if self.sharded else 0
-        if self.sharded:
-            where = self.device, config.precision
-            self.weights = sharded.shard(self.model, *where)
-            for ema in self.emas:
-                ema.follow(self.weights, sharded.shard(ema.model, *where))
-            self.gradient_step = ShardedStep(self.model, self.objective, ranks.size)
-        else:
-            self.weights = list(self.model.parameters())
-            self.gradient_step = GradientStep(self.network, self.objective)
+        self.parallel = kind(config, self.model, self.emas, self.objective, ranks, self.device)
+        self.network, self.weights = self.parallel.network, self.parallel.weights
+        self.gradient_step = self.parallel.gradient_step
         self.optimizer = SkippingAdamW(
-            nn.ParameterList(self.weights), config.lr, config.weight_decay, self.emas[0],
-            list(self.network.parameters()) if copied else [], config.backend,
+            nn.ParameterList(self.weights), config.lr, config.weight_decay, self.emas,
+            self.parallel.copies, config.backend,
+        )
+        self.metrics = StepMetrics(
+            config.batch_size // ranks.size, len(self.schedule), ranks, self.device
         )
         self._seeded_dropout = bool(unfused_dropout(self.network))
         self._graph: StepGraph | None = None
@@ -130,12 +122,6 @@ class Trainer:
         self.step = 0
         self.elapsed = 0.0
         self.lr = 0.0
-        self.skipped = torch.zeros((), device=self.device)
-        self.skipped_in_a_row = torch.zeros((), device=self.device)
-        self._finite = torch.ones(config.batch_size // ranks.size, dtype=torch.bool,
-                                  device=self.device)
-        self._sums = torch.zeros(4, device=self.device)
-        self._bands = torch.zeros(2, BANDS, device=self.device)
         self._wishes = torch.zeros(len(WISHES), device=self.device)
         self._agreed = torch.zeros(len(WISHES), device=self.device)
 
@@ -153,69 +139,54 @@ class Trainer:
         lines.append(probe(source, self.model.eval(), self.data.shape, len(self.schedule)))
         return "init from  " + "\n           ".join(lines)
 
-    def gradients(
-        self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Give every weight the gradient of a batch, in ``accumulate`` pieces on each rank.
+    def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
+        """All that a step does on the device, which a CUDA graph can hold.
 
-        Every random number belongs to a sample's place in the whole batch, so the number of pieces
-        does not change the result (but for ``reg_fraction``, which is of each piece, and for the
-        masks of dropout that is not fused, one per piece).
+        Every random number belongs to a sample's place in the whole batch, so the numbers of ranks
+        and of ``accumulate`` pieces do not change the result (except for ``reg_fraction``, which is
+        of each piece, and for the masks of dropout that is not fused, one per piece).
 
         Args:
             x0: (B, ...) this rank's part of the data, images channels-last.
             key: (3,) int64 on the device: seed, step, 0.
             regularised: what the objective says of the step.
-
-        Returns:
-            The scalar loss of the whole batch; the norm of its gradient if that lies in parts; and
-            t, fit and reg of every sample of this rank's, (B,) each.
         """
-        parts: list[Gradients] = []
-        sums: list[Tensor] = []
-        size = len(x0) * self.ranks.size
-        first = len(x0) * self.ranks.rank
+        size, first = len(x0) * self.ranks.size, len(x0) * self.ranks.rank
         pieces = x0.chunk(self.config.accumulate)
-        for piece in pieces:
-            part = self._piece(piece, key, first, regularised, len(piece) / size,
-                               last=piece is pieces[-1])
+        parts: list[Gradients] = []
+        grads: list[Tensor] = []
+        for piece in pieces:  # draw, and differentiate
+            part = self._differentiate(piece, key, first, regularised, len(piece) / size,
+                                       last=piece is pieces[-1])
             found = [g for g in part.weights if g is not None]
             # Not in place: a compiled step may return one tensor for two equal gradients.
-            sums = torch._foreach_add(sums, found) if sums else found
+            grads = torch._foreach_add(grads, found) if grads else found
             parts.append(part)
             first += len(piece)
         t, fit, reg = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "fit", "reg"))
+
         loss = (fit + reg).mean()
-        norm = None
-        if self.ranks.size > 1:
-            # With the gradients, so that there is one all-reduce: all ranks skip a step or none.
-            dtype = sums[0].dtype
-            extras = [(loss / self.ranks.size).to(dtype), self._wishes.to(dtype)]
-            if self.sharded:  # summed already
-                square = torch.nn.utils.get_total_norm(sums) ** 2
-                square, loss, agreed = self.ranks.all_sum([square, *extras])
-                norm = square.sqrt()
-            else:
-                *sums, loss, agreed = self.ranks.all_sum([*sums, *extras])
-            self._agreed.copy_(agreed)
-        rest = iter(sums)
+        grads, loss, wishes, norm = self.parallel.reduce(grads, loss, self._wishes)
+        self._agreed.copy_(wishes)
+
+        rest = iter(grads)
         weights = (p for p in self.weights if p.requires_grad)
         for p, g in zip(weights, parts[-1].weights, strict=True):
             p.grad = None if g is None else next(rest)
-        return loss, norm, t, fit, reg
+        norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, loss, norm)
+        self.metrics.add(t, fit, reg, norm, skipped)
 
-    def _piece(
+    def _differentiate(
         self, piece: Tensor | ResidentBatch, key: Tensor, first: int, regularised: bool,
         scale: float, last: bool = True,
     ) -> Gradients:
+        """Draw a piece's random numbers, and compute its gradients."""
         # Not key + tensor([0, 0, first]): a constant made on the host would have to be copied.
         key = torch.cat([key[:2], key[2:] + first]) if first else key
         seed = None
         if self._seeded_dropout and not self.gradient_step.compiled:
             seed = dropout_seed(self.config.seed, self.step, first)
-        if self.sharded:
-            return self.gradient_step(piece, key, regularised, seed, scale, last)
-        return self.gradient_step(piece, key, regularised, seed, scale)
+        return self.gradient_step(piece, key, regularised, seed, scale, last)
 
     def probe(self, x0: Tensor | ResidentBatch, kinds: Iterable[bool]) -> None:
         """Compute, and drop, the gradients of a batch's first piece: what there is to compile.
@@ -229,7 +200,7 @@ class Trainer:
             # The scale is a constant of what is compiled: that of training.
             scale = len(piece) / (len(x0) * self.ranks.size)
             with cudnn_benchmark(self.device, self.config.cudnn_benchmark):
-                self._piece(piece, self._key(PROBE_STEP), 0, regularised, scale)
+                self._differentiate(piece, self._key(PROBE_STEP), 0, regularised, scale)
 
     def choose_threads(self) -> int:
         """Set the number of threads that this process computes with; changes no weights.
@@ -286,15 +257,7 @@ class Trainer:
         regularised = self.objective.regularises(self.step)
         with cudnn_benchmark(self.device, self.config.cudnn_benchmark):
             run(self._laid_out(x0), self._key(self.step), regularised)
-        for ema in self.emas[1:]:  # the optimizer updates the first
-            ema.update(self.step)
         self.step += 1
-
-    def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
-        """What a step does on the device: a CUDA graph can hold it."""
-        total, norm, t, fit, reg = self.gradients(x0, key, regularised)
-        norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, total, norm)
-        self._record(t, fit, reg, norm, skipped)
 
     def to_blame(self, indices: Tensor) -> Callable[[], list[str]]:
         """Names of the items of the last batch whose loss was not finite; of all of them if every
@@ -304,7 +267,7 @@ class Trainer:
         Args:
             indices: of this rank's part of the batch.
         """
-        arriving = to_host(self._finite)
+        arriving = to_host(self.metrics.finite)
 
         def names() -> list[str]:
             bad = indices[~arriving()]
@@ -317,7 +280,7 @@ class Trainer:
     def in_a_row(self) -> Callable[[], int]:
         """How many steps until now were skipped in a row; the function returned waits for the last
         of them."""
-        arriving = to_host(self.skipped_in_a_row)
+        arriving = to_host(self.metrics.skipped_in_a_row)
         return lambda: int(arriving())
 
     def agreed(self) -> Callable[[], set]:
@@ -334,50 +297,15 @@ class Trainer:
     def _key(self, step: int) -> Tensor:
         return to_device(torch.tensor([self.config.seed, step, 0]), self.device)
 
-    # Statistics are summed on the device, so that a step never waits for it, and in place, so that
-    # a CUDA graph finds them.
-
-    def _record(self, t: Tensor, fit: Tensor, reg: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        taken = 1 - skipped
-        self._finite[: len(fit)] = (fit + reg).isfinite()
-        self.skipped += skipped
-        self.skipped_in_a_row.add_(skipped).mul_(skipped)
-        values = torch.stack([fit.mean(), reg.mean(), norm, torch.ones_like(norm)])
-        self._sums += torch.where(taken.bool(), values, 0)
-        fit = torch.where(taken.bool(), fit, 0)
-        band = t * BANDS // len(self.schedule)
-        self._bands[0].index_add_(0, band, fit)
-        self._bands[1].index_add_(0, band, taken.expand_as(fit))
-
     def window(self) -> dict[str, float]:
         """Means since the last call, for one line of metrics.jsonl; waits for the device."""
         return self.close_window()()
 
     def close_window(self) -> Callable[[], dict[str, float]]:
-        """Begin a new window; the function returned gives the means of the one that ends, and waits
-        only for what the device had been given until now."""
-        skips = torch.stack([self.skipped, self.skipped_in_a_row])
-        (sums, bands) = self.ranks.all_sum([self._sums / self.ranks.size, self._bands])
-        arriving = to_host(torch.cat([sums, bands.flatten(), skips]))
-        record: dict[str, float] = {"step": self.step, "time": round(self.elapsed, 3)}
-        lr = self.lr
-        self._sums.zero_()
-        self._bands.zero_()
-
-        def read() -> dict[str, float]:
-            fit, reg, norm, steps, *bands, skipped, in_a_row = arriving().tolist()
-            if steps:
-                fit, reg, norm = fit / steps, reg / steps, norm / steps
-                record.update(loss=fit + reg, fit=fit, reg=reg, grad_norm=norm)
-            for band, (total, count) in enumerate(zip(bands[:BANDS], bands[BANDS:], strict=True)):
-                if count:
-                    record[f"fit_band{band}"] = total / count
-            record.update(lr=lr, skipped=int(skipped))
-            if in_a_row:
-                record["skipped_in_a_row"] = int(in_a_row)
-            return record
-
-        return read
+        """As `StepMetrics.close_window`, with the step, the time and the learning rate."""
+        record = {"step": self.step, "time": round(self.elapsed, 3), "lr": self.lr}
+        read = self.metrics.close_window()
+        return lambda: record | read()
 
     @torch.no_grad()
     def heldout_loss(self) -> float | None:
@@ -390,7 +318,7 @@ class Trainer:
         count = torch.arange(HELDOUT_DRAWS)
         x0 = heldout.batch(count % len(heldout), self.device)
         times = ((2 * count + 1) * len(self.schedule) // (2 * HELDOUT_DRAWS)).to(self.device)
-        plain, network = Objective("ddpm", self.schedule), self._averaged_network()
+        plain, network = Objective("ddpm", self.schedule), self._predictor()
         losses = []
         for first, piece in zip(range(0, len(x0), 64), x0.split(64), strict=True):
             draw = plain.draw(
@@ -407,23 +335,16 @@ class Trainer:
             Of a sharded network a copy in host memory, and None on other ranks than 0; all of them
             have to ask for it.
         """
-        network = self.emas[0].model
-        if self.sharded:
-            weights = {}
-            for name, value in network.state_dict().items():
-                value = whole(value)
-                if self.ranks.main:
-                    weights[name] = value.cpu()
-            if not self.ranks.main:
-                return None
-            network = build_model(self.config, self.data.shape).eval()
-            network.load_state_dict(weights, assign=True)
+        network = self.parallel.whole(self.emas[0].model, self.data.shape)
+        if network is None:
+            return None
         return lora.without(network, lora.scale(self.config)) if self.config.lora else network
 
-    def _averaged_network(self) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.sharded:
-            return sharded.predictor(self.emas[0].model, self.device)
-        return fast_network(self.averaged(), precision=self.config.precision, cuda_graph=False)
+    def _predictor(self) -> Callable[[Tensor, Tensor], Tensor]:
+        network = self.emas[0].model
+        if self.config.lora:
+            network = lora.without(network, lora.scale(self.config))
+        return self.parallel.predictor(network)
 
     def generate(
         self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
@@ -436,7 +357,7 @@ class Trainer:
         """
         config, mine = self.config, self.ranks.equal_share(self.config.num_samples)
         return sample(
-            self._averaged_network(),
+            self._predictor(),
             self.schedule,
             self.data.shape,
             num=len(mine),
@@ -452,14 +373,10 @@ class Trainer:
 
     def check_ranks(self) -> None:
         """Raise a RunError unless all ranks are at the same step with the same weights, bit for
-        bit; where these lie in parts, unless those that the ranks began with were the same."""
+        bit; where these are in parts, unless those that the ranks began with were the same."""
         if self.ranks.size > 1:
             self.ranks.same("the step and the bits of the weights",
-                            (self.step, self._began if self.sharded else self._bits()))
-
-    def _bits(self) -> int:
-        networks = (self.model, *(ema.model for ema in self.emas))
-        return bits(p for network in networks for p in network.parameters())
+                            (self.step, self.parallel.fingerprint()))
 
     # Checkpoints.
 
@@ -484,13 +401,11 @@ class Trainer:
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Everything a continuation needs: tensors by file, and JSON."""
         moments, settings = optimizer_tensors(self.optimizer)
-        if self.sharded:
-            moments = sharded.joined(moments, list(self.model.parameters()))
 
         def weights(network: nn.Module) -> dict[str, Tensor]:
             return lora.split(network)[1] if self.config.lora else network.state_dict()
 
-        tensors = {"model": weights(self.model), "optimizer": moments}
+        tensors = {"model": weights(self.model), "optimizer": self.parallel.moments(moments)}
         for ema in self.emas:
             tensors[f"ema_{ema.rate}"] = weights(ema.model)
         origin = {} if self._origin_file is None else {"origin": self._origin_file}
@@ -498,7 +413,7 @@ class Trainer:
             "shape": list(self.data.shape),
             "is_image": self.data.is_image,
             "elapsed": self.elapsed,
-            "skipped": int(self.skipped),
+            "skipped": int(self.metrics.skipped),
             "random_layout": stream.LAYOUT_VERSION,
             "data": self.data.identity(),
             "optimizer": settings,
@@ -540,15 +455,10 @@ class Trainer:
         networks = {"model": self.model} | {f"ema_{ema.rate}": ema.model for ema in self.emas}
         for name, network in networks.items():
             check_model_shapes(network, tensors[name])
-        moments = tensors["optimizer"]
-        if self.sharded:
-            moments = sharded.parted(moments, list(self.model.parameters()))
+        moments = self.parallel.own_moments(tensors["optimizer"])
         for name, network in networks.items():
-            if self.sharded:
-                sharded.load(network, tensors[name])
-            else:
-                network.load_state_dict(tensors[name])
+            self.parallel.load(network, tensors[name])
         self.optimizer.write_copies()
         load_optimizer(self.optimizer, moments, state["optimizer"])
         self.step, self.elapsed = checkpoint.step, state["elapsed"]
-        self.skipped.fill_(state["skipped"])
+        self.metrics.skipped.fill_(state["skipped"])

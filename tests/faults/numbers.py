@@ -110,7 +110,7 @@ def _in_loss(steps, value: float, whole: bool, now: dict) -> None:
 
 
 def _in_gradient(steps, value: float, everywhere: bool, now: dict) -> None:
-    real = loop.Trainer._piece
+    real = loop.Trainer._differentiate
 
     def piece(self, *arguments, **options):
         found = real(self, *arguments, **options)
@@ -120,7 +120,7 @@ def _in_gradient(steps, value: float, everywhere: bool, now: dict) -> None:
                     _put(gradient, value)
         return found
 
-    loop.Trainer._piece = piece
+    loop.Trainer._differentiate = piece
 
 
 def _in_delta(steps, value: float, what: str, now: dict) -> None:
