@@ -365,11 +365,11 @@ def only_rank_0_writes(rank, config):
             raise AssertionError("another rank writes")
 
         RunDir.open = refuse
-        import robustdm.training.loop as loop
+        from robustdm.training import loop, outputs
 
-        loop.save_checkpoint = loop.write_json = loop.save_pipeline = loop.write_report = refuse
-        loop.write_bytes = refuse
-        loop.images.save_grid = loop.np.savez_compressed = loop.make_loggers = refuse
+        loop.save_checkpoint = loop.make_loggers = outputs.write_json = refuse
+        outputs.write_bytes = refuse
+        outputs.save_pipeline = outputs.write_report = outputs.np.savez_compressed = refuse
     return go(rank, config)
 
 

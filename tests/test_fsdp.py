@@ -43,7 +43,7 @@ def imported(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Most of the time of a short run is that of its plots."""
-    monkeypatch.setattr("robustdm.training.loop.write_report", lambda out: None)
+    monkeypatch.setattr("robustdm.training.outputs.write_report", lambda out: None)
 
 
 class Sent(TorchDispatchMode):

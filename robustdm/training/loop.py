@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import signal
@@ -11,11 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from robustdm import __version__
@@ -24,15 +20,10 @@ from robustdm.device import device_name, is_out_of_memory
 from robustdm.distributed import Ranks, join, supervised
 from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.host import Slowdown, keep_freed_memory, threads_restored
-from robustdm.models import lora
 from robustdm.models.compilation import compile_network, compile_step
-from robustdm.models.pipeline import replacing, save_pipeline
 from robustdm.models.pretrained import settle
 from robustdm.ops.resident import ResidentBatch
-from robustdm.ops.stream import shuffled
-from robustdm.reporting import images
 from robustdm.reporting.progress import Progress
-from robustdm.reporting.run_page import REDUCED_CONTRAST, write_report
 from robustdm.runs.checkpoint import (
     clean_stale,
     load_newest,
@@ -40,20 +31,17 @@ from robustdm.runs.checkpoint import (
     save_checkpoint,
 )
 from robustdm.runs.config import TrainConfig
-from robustdm.runs.rundir import RunDir, check_use, parse_json, write_bytes, write_json
+from robustdm.runs.rundir import RunDir, check_use, parse_json
 from robustdm.training.memory import (
     available_bytes,
     check_fits,
     estimate_bytes,
     finer_pieces,
 )
+from robustdm.training.outputs import Outputs
 from robustdm.training.signals import SIGNALS, Stopped, StopSignals, exit_code
 from robustdm.training.trackers import make_loggers
 from robustdm.training.trainer import Trainer
-
-CLEAN_NOISE_LEVEL = 0.04
-"""Median noise level (sd, data in [-1, 1]) under which images look clean: photographs measure
-about 0.02, and the paper's weaker corruption is 0.1."""
 
 
 @dataclass
@@ -193,7 +181,8 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
                     progress.message(f"continuing {config.out} after step {trainer.step}")
             session = _Session(trainer, run, signals, progress)
             open_things.callback(session.close)
-            session.write_first()
+            if session.outputs is not None:
+                session.outputs.write_first()
         with ranks.watched():
             return session.run()
 
@@ -243,11 +232,11 @@ class _Session:
     ):
         self.trainer, self.run_dir, self.signals, self.progress = trainer, run, signals, progress
         self.config, self.ranks = trainer.config, trainer.ranks
-        self.loggers = None
+        self.warnings: list[str] = []
+        self.loggers = self.outputs = None
         if run is not None:
             self.loggers = make_loggers(self.config, run.path, trainer.step, progress.message)
-        self.warnings: list[str] = []
-        self.lost: list[str] = []
+            self.outputs = Outputs(trainer, run, self.loggers, self.warn)
         self.started = time.monotonic()
         self.before = trainer.elapsed
         self.first_step = trainer.step
@@ -282,15 +271,7 @@ class _Session:
     def close(self) -> None:
         if self.run_dir is not None:
             self.loggers.close()
-            self._write_quarantine()
-
-    def write_first(self) -> None:
-        """What can be written before the first step."""
-        if self.run_dir is not None:
-            for path, reason in self.trainer.data.quarantine[:3]:
-                self.warn(f"left out {path}: {reason} (all are listed in quarantine.txt)")
-            self._write_quarantine()
-            self._write_reference()
+            self.outputs.write_quarantine()
 
     def run(self) -> Result:
         trainer, config, every = self.trainer, self.config, self.config.log_every
@@ -402,23 +383,6 @@ class _Session:
         samples = self.ranks.gather(mine)
         return None if samples is None else samples[: self.config.num_samples]
 
-    def _write_quarantine(self) -> None:
-        """List the files that could not be read; streamed sets find them while they train."""
-        bad = self.trainer.data.quarantine
-        if bad:
-            text = "".join(f"{path}\t{reason}\n" for path, reason in bad)
-            self._keep(self.run_dir.path / "quarantine.txt", lambda file: file.write(text.encode()))
-
-    def _keep(self, path: Path, save: Callable[[BinaryIO], object]) -> None:
-        """Write a file that training can do without: a full disk costs the file and a warning."""
-        content = io.BytesIO()
-        save(content)
-        try:
-            write_bytes(path, content.getvalue())
-        except RunError as error:
-            self.lost.append(path.name)
-            self.warn(str(error))
-
     def _read_late(self) -> None:
         """Read the numbers of the steps that nobody has waited for yet."""
         late, self.late = self.late, []
@@ -472,7 +436,7 @@ class _Session:
                 samples = self._sample("ddim", self.config.preview_steps)
                 if samples is not None:
                     name = f"step-{trainer.step:08d}"
-                    extras["samples"] = self._write_samples(samples, name)
+                    extras["samples"] = self.outputs.write_samples(samples, name)
         self.logged = time.monotonic()  # what samples take is not the data's
         self.late.append(lambda: self._write_line(read() | extras))
 
@@ -482,56 +446,6 @@ class _Session:
             self.loggers.log(record["step"], record)
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
-
-    def _write_samples(self, samples: Tensor, name: str) -> dict[str, float]:
-        data, place = self.trainer.data, self.run_dir.samples
-        self._keep(place / f"{name}.npz",
-                   lambda file: np.savez_compressed(file, samples=samples.numpy()))
-        if data.is_image:
-            shown = samples[:64] * (1.0 if self.config.clip_samples else REDUCED_CONTRAST)
-            grid = images.grid(shown)
-            self._keep(place / f"{name}.png",
-                       lambda file: images.to_pil(grid).save(file, format="png"))
-            self.loggers.images(self.trainer.step, "samples", grid)
-        return data.measure(samples)
-
-    def _write_reference(self) -> None:
-        """Training data and the same items clean, for the report; and a look at their noise."""
-        data = self.trainer.data
-        # At random: files and digits often stand in the order they were taken.
-        indices = shuffled(self.config.seed, 0, len(data))[: max(self.config.num_samples, 256)]
-        train, clean = data.batch(indices, "cpu"), data.clean(indices, "cpu")
-        arrays = {"train": train.numpy()}
-        if not torch.equal(train, clean):
-            arrays["clean"] = clean.numpy()
-        self.reference = {name: data.measure(torch.from_numpy(a)) for name, a in arrays.items()}
-        self._keep(self.run_dir.samples / "reference.npz",
-                   lambda file: np.savez_compressed(file, **arrays))
-        level = self.reference["train"].get("noise_level", 1.0)
-        spoilt = "clean" in arrays and self.config.corrupt_kind != "gaussian"  # but not by noise
-        if level < CLEAN_NOISE_LEVEL and not spoilt and self.config.objective != "ddpm":
-            self.warn(
-                f"the training images look clean (median noise sd {level:.3f}): there the robust "
-                "objective costs quality (FID 29 against 7 in the paper); --objective ddpm does not"
-            )
-
-    def _warn_of_noise(self, samples: dict[str, float]) -> None:
-        """Say so if the samples carry most of the noise that the training data have."""
-        train = self.reference["train"]
-        # A set that knows its clean law measures noise better than the general estimate.
-        key = "noise_rms" if "noise_rms" in train else "noise_level"
-        known = key in samples and train.get(key, 0.0) >= CLEAN_NOISE_LEVEL
-        if not known or self.config.objective == "ddpm":
-            return
-        floor = self.reference.get("clean", {}).get(key, 0.0)
-        excess = train[key] ** 2 - floor**2
-        kept = max(0.0, samples[key] ** 2 - floor**2) / excess if excess > 0 else 0.0
-        if kept > 0.5:
-            share = f"{kept:.0%}" if kept < 1 else "all or more"
-            self.warn(
-                f"the samples carry {share} of the training data's noise variance: train "
-                "longer, raise --lam, or try another --lambda-mode"
-            )
 
     def _compile(self, x0: Tensor | ResidentBatch) -> None:
         """Compile for a batch of the stream: the whole step, else the network, else nothing."""
@@ -589,8 +503,8 @@ class _Session:
             if self.run_dir.renew():
                 self.warn(f"{self.run_dir.path} was deleted or moved away: it is made anew, "
                           "without what it held")
-                self._write_reference()
-                self._write_quarantine()
+                self.outputs.write_reference()
+                self.outputs.write_quarantine()
         except RobustDMError:
             self.trainer.parallel.accompany(lambda: self.trainer.state()[0])  # as the others do
             raise
@@ -598,7 +512,6 @@ class _Session:
     def _finish(self, complete: bool) -> dict:
         """Samples, pipeline, summary and report from what has been trained so far."""
         trainer, config = self.trainer, self.config
-        self.lost.clear()
         if self.ranks.main:
             self.progress.message("sampling for the report ...")
         if complete:
@@ -606,49 +519,13 @@ class _Session:
         else:
             samples = self._sample("ddim", config.preview_steps)
         averaged = trainer.averaged() if trainer.data.is_image else None
-        if self.run_dir is None:
+        if self.outputs is None:
             return {}
-        out = self.run_dir.path
-        measures = {
-            "samples": self._write_samples(samples, "final"),
-            "training data": self.reference["train"],
-        }
-        if "clean" in self.reference:
-            measures["clean data"] = self.reference["clean"]
-        if trainer.data.is_image:
-            self._warn_of_noise(measures["samples"])
-            try:
-                save_pipeline(
-                    averaged, trainer.schedule, out / "pipeline",
-                    clip_sample=config.clip_samples,
-                    variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
-                )
-                if config.lora:
-                    with replacing(out / "adapter") as folder:
-                        lora.export(trainer.emas[0].model, folder)
-            except (OSError, SafetensorError) as error:
-                self.lost.append("pipeline")
-                self.warn(f"{out / 'pipeline'} was not written: {error}")
-        if self.lost:
-            raise RunError(
-                f"step {trainer.step} is saved, but {', '.join(self.lost)} could not be written to "
-                f"{out}: make room, then --resume writes what is missing"
-            )
-        summary = {
-            "step": trainer.step,
-            "ranks": self.ranks.size,
-            "measures": measures,
-            "warnings": self.warnings,
-            "skipped": int(trainer.metrics.skipped),
-            "time_s": round(trainer.elapsed, 1),
-            "compile_s": self.compile_s and round(self.compile_s, 1),
-            "img_per_s": self.progress.img_per_s,
-            "device": device_name(trainer.device),
-            "parameters": trainer.parameters,
-        }
-        write_json(out / "summary.json", summary)
-        write_report(out)
-        return summary
+        return self.outputs.finish(
+            samples, averaged, ranks=self.ranks.size, warnings=self.warnings,
+            compile_s=self.compile_s and round(self.compile_s, 1),
+            img_per_s=self.progress.img_per_s,
+        )
 
 
 def describe(trainer: Trainer, estimate: dict[str, int]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from robustdm.reporting import progress
 from robustdm.runs import checkpoint, rundir
 from robustdm.runs.checkpoint import list_checkpoints, verify
-from robustdm.training import loop
+from robustdm.training import loop, outputs
 
 from .campaign import Found, Trial
 from .runs import (
@@ -134,9 +134,9 @@ def _full_at(name: str, disk: _Disk, place: Path, for_good: bool) -> None:
     """The disk is full when something else than a checkpoint is written."""
     owner, function, count = {
         "metrics.jsonl": (rundir.RunDir, "append_metrics", 4),
-        "a preview": (loop._Session, "_write_samples", 1),
-        "the final samples": (loop._Session, "_finish", 1),
-        "summary.json": (loop, "write_json", 1),
+        "a preview": (outputs.Outputs, "write_samples", 1),
+        "the final samples": (outputs.Outputs, "finish", 1),
+        "summary.json": (outputs, "write_json", 1),
         "standard output": (progress.Progress, "update", 1),
     }[name]
     real, calls = getattr(owner, function), []

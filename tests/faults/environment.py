@@ -21,7 +21,7 @@ from robustdm.runs import checkpoint
 from robustdm.runs.checkpoint import list_checkpoints, verify
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.rundir import read_metrics
-from robustdm.training import loop
+from robustdm.training import loop, outputs
 
 from .campaign import Found, Trial
 from .runs import (
@@ -163,7 +163,7 @@ def _offline(trial: Trial) -> Found:
         def work() -> int:
             constants.HF_HUB_OFFLINE = True  # what HF_HUB_OFFLINE=1 sets at the import
             constants.HF_HUB_CACHE = str(trial.folder / "cache")
-            loop.write_report = lambda _: None
+            outputs.write_report = lambda _: None
             return command.main([
                 "--preset", "finetune", "--init-from", model, "--data", "digits", "--out", str(out),
                 "--batch-size", "8", "--steps", "2", "--num-samples", "2", "--final-steps", "2"])

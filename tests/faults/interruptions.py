@@ -9,7 +9,7 @@ import time
 
 from robustdm.data import images
 from robustdm.runs import checkpoint
-from robustdm.training import loop
+from robustdm.training import loop, outputs
 from tests.faults.deadly import kill_after_bytes
 
 from .campaign import Found, Trial
@@ -124,9 +124,9 @@ _MOMENTS = {
         loop._Session, "_sample", n % 2, send),
     "in the final sampling": lambda n, send: _before(loop._Session, "_sample", 2, send),
     "in the reference samples": lambda n, send: _before(
-        loop._Session, "_write_reference", 0, send),
+        outputs.Outputs, "write_reference", 0, send),
     "while the pipeline or the summary is written": lambda n, send: _before(
-        *((loop, "save_pipeline") if n % 2 else (loop, "write_json")), 0, send),
+        *((outputs, "save_pipeline") if n % 2 else (outputs, "write_json")), 0, send),
     "while workers start": lambda n, send: _before(images, "decode_in_workers", 0, send),
     "while metrics are written": lambda n, send: _before(
         loop.RunDir, "append_metrics", n % 12, send),

@@ -14,7 +14,7 @@ from PIL import Image
 from robustdm.cli import parse_train
 from robustdm.data import __main__ as data
 from robustdm.data import images
-from robustdm.training import loop
+from robustdm.training import outputs
 
 from .campaign import Found, Trial
 from .runs import call, train
@@ -322,13 +322,13 @@ def _vanish_after_scan(file: Path) -> None:
 
 
 def _vanish_in_training(file: Path) -> None:
-    write_reference = loop._Session._write_reference
+    write_reference = outputs.Outputs.write_reference
 
     def write_and_lose(session):
         write_reference(session)
         file.unlink()
 
-    loop._Session._write_reference = write_and_lose
+    outputs.Outputs.write_reference = write_and_lose
 
 
 def _pairs(sheet: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from robustdm.cli import guard
 from robustdm.runs.checkpoint import list_checkpoints, load_newest, verify
 from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.runs.rundir import read_metrics, write_text
-from robustdm.training import loop
+from robustdm.training import loop, outputs
 
 from .campaign import Skip, Trial
 
@@ -174,7 +174,7 @@ def train(config: TrainConfig) -> int:
     The report's curves and the estimate of memory would take longer than the run: they are left
     out.
     """
-    loop.write_report = lambda out: write_text(out / "report.html", "a report\n")
+    outputs.write_report = lambda out: write_text(out / "report.html", "a report\n")
     loop.estimate_bytes = lambda *_: {"weights": 0, "activations": 0, "total": 0}
     return loop.train(config, progress_mode="off").exit_code
 
