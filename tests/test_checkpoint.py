@@ -260,7 +260,7 @@ DRIVER = textwrap.dedent("""
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
     from tests.test_checkpoint import save
-    from robustdm.training import checkpoint
+    from robustdm.runs import checkpoint
 
     base = Path(sys.argv[1])
     def fork(work):

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from improved_unet import ARCHITECTURES, make
 
 from robustdm.convert import main
 from robustdm.errors import RunError, UsageError
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import improved
 from robustdm.models.pipeline import save_pipeline
+from tests.improved_unet import ARCHITECTURES, make
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([7, 390])
@@ -117,7 +117,7 @@ def test_our_own_presets_go_to_improved_diffusion(tmp_path):
 
 
 def improved_file(tmp_path, change=lambda weights: None, **architecture):
-    from improved_unet import ImprovedUNet
+    from tests.improved_unet import ImprovedUNet
 
     weights = ImprovedUNet(**architecture).state_dict()
     change(weights)

@@ -14,10 +14,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from conftest import gradients_of
 
 from robustdm.data import batches, load_data
 from robustdm.data.base import TensorData
@@ -30,6 +28,8 @@ from robustdm.runs.rundir import RunDir
 from robustdm.training import loop, trainer
 from robustdm.training.loop import train
 from robustdm.training.trainer import Trainer
+from tests import ranks
+from tests.conftest import gradients_of
 
 TINY = preset_values("plane") | dict(
     num_points=200, mlp_width=8, mlp_depth=1, batch_size=24, steps=6, log_every=3, sample_every=4,
@@ -354,9 +354,9 @@ def signalled(rank, config):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
     config = tiny(tmp_path / "run", steps=50)
     first, second = ranks.run(2, signalled, config)
-    # It came after the third step's wishes were made.
-    assert first == second == (4, "SIGUSR1", 138, False)
-    assert weights(config.out)[1] == 4
+    # It came after the third step's wishes were made; those of the fourth are read in the fifth.
+    assert first == second == (5, "SIGUSR1", 138, False)
+    assert weights(config.out)[1] == 5
 
 
 def only_rank_0_writes(rank, config):

@@ -16,16 +16,16 @@ import pytest
 import torch
 import tyro
 from diffusers import UNet2DModel
-from improved_unet import make
 from PIL import Image
 from safetensors.torch import save_file
-from test_data_cifar import pack, python_files
 
 from robustdm import NoiseSchedule, reproduce, train
 from robustdm.errors import RobustDMError
 from robustdm.method import closed_form
 from robustdm.models import PointMLP, pretrained
 from robustdm.models.pipeline import save_pipeline
+from tests.improved_unet import make
+from tests.test_data_cifar import pack, python_files
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "benchmarks/README.md", *sorted(

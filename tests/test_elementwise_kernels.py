@@ -10,10 +10,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import HAS_GPU
 
 from robustdm.ops import reference, stream
 from robustdm.ops.stream import Stream
+from tests.conftest import HAS_GPU
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

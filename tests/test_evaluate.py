@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_sample import make_run
 
 from robustdm import RunError, UsageError, attack, evaluate, memorise, steps
 from robustdm.data.digits import load_digits
@@ -15,6 +14,7 @@ from robustdm.evaluation import features, measure
 from robustdm.method.baselines import blur
 from robustdm.metrics import FeatureStatistics, frechet_distance
 from robustdm.reporting.images import save_images
+from tests.test_sample import make_run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,13 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from robustdm.data import batches, load_data
 from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training.trainer import Trainer
+from tests import ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

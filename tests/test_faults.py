@@ -39,7 +39,7 @@ def test_the_campaign_sees_a_library_that_verifies_nothing():
 
 
 def test_all_trials_are_those_of_the_record():
-    from faults.groups import GROUPS  # much is imported with them
+    from tests.faults.groups import GROUPS  # much is imported with them
 
     counts = {name: group.count for name, group in GROUPS.items()}
     lines = (ROOT / "benchmarks/results/cpu/faults.jsonl").read_text().splitlines()

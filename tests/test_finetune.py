@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import gradients_of
-from test_pretrained import TINY, predict, quiet, save, tiny
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -22,6 +20,8 @@ from robustdm.train import main
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.optimizer import EMA
 from robustdm.training.trainer import Trainer
+from tests.conftest import gradients_of
+from tests.test_pretrained import TINY, predict, quiet, save, tiny
 
 CPP = ops.why_off("cpp", "adamw_ema", torch.device("cpu"))
 FROZEN = ("down_blocks.*", "time_embedding.*", "conv_in.*")

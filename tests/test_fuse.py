@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +12,7 @@ from robustdm import NoiseSchedule, Objective, UsageError
 from robustdm.models import build_model
 from robustdm.ops import dropout
 from robustdm.runs.config import TrainConfig
+from tests.conftest import relative_error
 
 KINDS = {
     "ddpm": dict(attention_resolutions=(4,)),

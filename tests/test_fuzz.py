@@ -5,11 +5,11 @@ import os
 import random
 
 import pytest
-from fuzz import guard, mutate
-from fuzz.engine import Session, explore
-from fuzz.targets import TARGETS, Target
 
 from robustdm.errors import UsageError
+from tests.fuzz import guard, mutate
+from tests.fuzz.engine import Session, explore
+from tests.fuzz.targets import TARGETS, Target
 
 SLOW = ("diffusers", "report", "run")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_GPU, TOLERANCE, relative_error
-from test_ops import TABLES, draw, noisy
 
 from robustdm import ops
 from robustdm.data.base import ImageTensor
 from robustdm.runs.config import TrainConfig
 from robustdm.training.trainer import Trainer
+from tests.conftest import HAS_GPU, TOLERANCE, relative_error
+from tests.test_ops import TABLES, draw, noisy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-import group_norm  # noqa: E402
-from group_norm import ALL, CASES, arguments, error, gradients, images, oracle  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from robustdm import ops  # noqa: E402
 from robustdm.kernels import group_norm_act as kernels  # noqa: E402
 from robustdm.ops import stream  # noqa: E402
+from tests import group_norm  # noqa: E402
+from tests.group_norm import ALL, CASES, arguments, error, gradients, images, oracle  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest where there is no GPU
     pytest.skip("on a GPU, tests/test_ops.py runs the compiled kernels", allow_module_level=True)

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,7 @@ from robustdm.models import PointMLP, build_model, inference
 from robustdm.models.inference import fast_network
 from robustdm.ops import native
 from robustdm.runs.config import TrainConfig
+from tests.conftest import relative_error
 
 HAS_CPP = native.status()["cpu"][0]
 

@@ -8,8 +8,6 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
-from test_finetune import CPP, assert_equal, fails
-from test_pretrained import make_unet, predict, quiet, same, save, tiny
 from torch._dynamo.backends.common import aot_autograd
 
 from robustdm import sample
@@ -25,6 +23,8 @@ from robustdm.train import main
 from robustdm.training.loop import describe
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.trainer import Trainer
+from tests.test_finetune import CPP, assert_equal, fails
+from tests.test_pretrained import make_unet, predict, quiet, same, save, tiny
 
 LAYERS = {"mid_block.attentions.0.to_q": (16, 16), "down_blocks.1.resnets.0.conv1": (16, 8, 3, 3)}
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import relative_error
 from torch import nn
 
 from robustdm import NoiseSchedule, Objective, Perturbation, ResidentBatch, UsageError, ops
@@ -13,6 +12,7 @@ from robustdm.method.objectives import OBJECTIVES, seeded
 from robustdm.method.schedule import expand
 from robustdm.models import PointMLP, build_model
 from robustdm.runs.config import TrainConfig
+from tests.conftest import relative_error
 
 SCHEDULE = NoiseSchedule.linear(1000)
 ROBUST = [name for name in OBJECTIVES if name != "ddpm"]

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from conftest import HAS_GPU, TOLERANCE, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from robustdm import NoiseSchedule, Perturbation, ops
 from robustdm.data import Corruption
 from robustdm.errors import UsageError
 from robustdm.ops import reference, stream
+from tests.conftest import HAS_GPU, TOLERANCE, relative_error
 
 CPU = torch.device("cpu")
 SCHEDULE = NoiseSchedule.linear(1000)

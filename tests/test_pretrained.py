@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from improved_unet import make
 from safetensors.torch import load_file, save_file
 
 from robustdm import sample
@@ -28,6 +27,7 @@ from robustdm.runs.config import TrainConfig
 from robustdm.train import main
 from robustdm.training.loop import train
 from robustdm.training.trainer import Trainer
+from tests.improved_unet import make
 
 # google/ddpm-cifar10-32 in small: asymmetric padding, TF-style embedding, one head.
 UNET = dict(

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import HAS_GPU, TOLERANCE, relative_error
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -34,6 +33,7 @@ from robustdm.models import improved, pretrained
 from robustdm.ops import reference
 from robustdm.runs import checkpoint
 from robustdm.runs.config import PRESETS, TrainConfig, load_yaml, preset_values
+from tests.conftest import HAS_GPU, TOLERANCE, relative_error
 from tests.faults.deadly import kill_after_bytes
 
 # Configurations.

@@ -38,7 +38,7 @@ def test_words_equal_the_scalar_reference(seed, step):
 
 TRITON = """
 import torch, triton, triton.language as tl
-from robustdm import random
+from robustdm.ops import stream
 
 @triton.jit
 def kernel(low, high, out, seed, stream, layout, N: tl.constexpr):
@@ -53,10 +53,10 @@ def kernel(low, high, out, seed, stream, layout, N: tl.constexpr):
 index = torch.tensor([0, 1, 5, 2**31 - 1, 2**31 + 1, 2**32 - 1, 2**32 + 7, 2**40 + 9])
 low = (index & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 high = (index >> 32).to(torch.uint32).view(torch.int32)
-seed, step, stream = 2**31 + 12345, 77, 4
+seed, step, number = 2**31 + 12345, 77, 4
 out = torch.zeros(4, len(index), dtype=torch.int64)
-kernel[(1,)](low, high, out, seed + (step << 32), stream, random.LAYOUT_VERSION, len(index))
-ours = torch.stack(random.philox(seed, step, index, stream))
+kernel[(1,)](low, high, out, seed + (step << 32), number, stream.LAYOUT_VERSION, len(index))
+ours = torch.stack(stream.philox(seed, step, index, number))
 assert torch.equal(out & 0xFFFFFFFF, ours), (out & 0xFFFFFFFF, ours)
 """
 
@@ -72,8 +72,8 @@ def test_words_equal_triton(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def words(count=200_000, stream=Stream.ELEMENT):
-    return stream.philox(1, 2, torch.arange(count), stream)
+def words(count=200_000, number=Stream.ELEMENT):
+    return stream.philox(1, 2, torch.arange(count), number)
 
 
 def test_uniforms_have_their_law_and_range():

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 import torch
-from test_sample import make_run
 
 from robustdm import attack, evaluate, sample, steps
 from robustdm.device import resolve_device
 from robustdm.distributed import Ranks, join
 from robustdm.errors import RunError
 from robustdm.method import sampling
+from tests import ranks
+from tests.test_sample import make_run
 
 COMMANDS = {"sample": sample, "evaluate": evaluate, "attack": attack, "steps": steps}
 

@@ -174,7 +174,7 @@ def test_the_heldout_loss_weighs_all_timesteps_alike(tmp_path):
         seen.extend(t.tolist())
         return torch.zeros_like(x)
 
-    trainer._averaged_network = lambda: model
+    trainer._predictor = lambda: model
     loss = trainer.heldout_loss()
     assert loss == pytest.approx(1, abs=0.05)  # the mean of eps^2
     assert len(trainer.data.heldout) == 9 and len(seen) == 256

@@ -121,7 +121,8 @@ class SkippingAdamW(torch.optim.AdamW):
         """
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         for p in parameters:  # fused updates walk through memory, and do not look at strides
-            p.grad = _laid_out_like(p.grad, p)
+            if p.grad.stride() != p.stride():  # autograd almost never does that
+                p.grad = torch.empty_like(p).copy_(p.grad)
         if norm is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
@@ -199,10 +200,3 @@ class SkippingAdamW(torch.optim.AdamW):
 
 def _clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return (clip_norm / (norm + 1e-6)).clamp(max=1)
-
-
-def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Autograd gives gradients the strides of their parameter, all but always."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)

@@ -114,6 +114,7 @@ class Trainer:
         self.metrics = StepMetrics(
             config.batch_size // ranks.size, len(self.schedule), ranks, self.device
         )
+        self._trained = [p for p in self.weights if p.requires_grad]
         self._seeded_dropout = bool(unfused_dropout(self.network))
         self._graph: StepGraph | None = None
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -170,8 +171,7 @@ class Trainer:
         self._agreed.copy_(wishes)
 
         rest = iter(grads)
-        weights = (p for p in self.weights if p.requires_grad)
-        for p, g in zip(weights, parts[-1].weights, strict=True):
+        for p, g in zip(self._trained, parts[-1].weights, strict=True):
             p.grad = None if g is None else next(rest)
         norm, skipped = self.optimizer.clip_and_step(self.config.clip_norm, loss, norm)
         self.metrics.add(t, fit, reg, norm, skipped)
