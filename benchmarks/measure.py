@@ -123,7 +123,8 @@ def measure(
         else:
             row.update(measured, gb_s=case.nbytes / measured["ms"] / 1e6)
     after = sensors.read()
-    joules = {"case_joules": after["joules"] - before["joules"]} if "joules" in after else {}
+    joules = {"case_joules": after["joules"] - before["joules"]} if (
+        "joules" in before.keys() & after.keys()) else {}
     compiling = sum(row.get("compile_s", 0) for row in rows)
     return {
         **{k: v for k, v in asdict(case).items() if k not in ("build", "dtype")},

@@ -427,7 +427,8 @@ class Bench:
     # Times.
 
     def time(self, options: Options, name: str, steps: int) -> dict:
-        """Milliseconds of a step, from ``steps`` of them; joules on a GPU."""
+        """Milliseconds of a step, from ``steps`` of them; on a GPU joules, and what throttled it
+        behind the last."""
         self._settings(options)
         run = self._stepper(options, name)
         before = self.sensors.read().get("joules")
@@ -437,9 +438,11 @@ class Bench:
             run()
         self._wait()
         found = {"ms": (time.perf_counter() - begin) / steps * 1e3}
-        after = self.sensors.read().get("joules")
-        if before is not None and after is not None:
-            found["joules"] = (after - before) / steps
+        after = self.sensors.read()
+        if before is not None and "joules" in after:
+            found["joules"] = (after["joules"] - before) / steps
+        if after:
+            found["throttled"] = after["throttled"]
         return found
 
     def memory(self, options: Options, name: str) -> dict:
@@ -813,6 +816,9 @@ def _time(timed: list[tuple], config, end: float) -> Iterator[None]:
             entry.update(spread([f["ms"] for f in found]))
             if "joules" in found[0]:
                 entry["joules"] = statistics.median(f["joules"] for f in found)
+            if "throttled" in found[0]:
+                known = [f["throttled"] for f in found if f["throttled"] is not None]
+                entry["throttled"] = sorted({*sum(known, [])}) if known else None
         longest = max(longest, time.perf_counter() - started)
         yield
 

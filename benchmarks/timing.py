@@ -22,6 +22,11 @@ CUDA_SAMPLE = 2e-3  # seconds of replays per sample: launch gaps are microsecond
 CUDA_GRAPH = 1e-4  # seconds of work per graph
 L2_TIMES = 3
 MOST_COPIES = 200  # of inputs too small to fill the cache
+# Bits of NVML. Those of an idle GPU, of clocks that are set and of a display are no throttling.
+THROTTLES = {
+    0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "thermal (software)",
+    0x40: "thermal (hardware)", 0x80: "power brake", 0x200: "board limit", 0x400: "reliability",
+}
 
 Call = Callable[..., object]
 
@@ -168,7 +173,8 @@ def one_line(error: Exception) -> str:
 
 
 class Sensors:
-    """Clocks, power, temperature and energy of the GPU, read by NVML where it works; never set."""
+    """Clocks, power, temperature and energy of the GPU, and what holds its clocks down, read by
+    NVML where it works; never set."""
 
     def __init__(self, device: torch.device):
         self.why_off = "no GPU"
@@ -186,8 +192,9 @@ class Sensors:
         except Exception as error:  # no package, no driver, no permission
             self.why_off = f"{type(error).__name__}: {error}"
 
-    def read(self) -> dict[str, float]:
-        """What can be read: sm_mhz, memory_mhz, celsius, watts, joules (since the driver came)."""
+    def read(self) -> dict[str, float | list[str] | None]:
+        """What can be read: sm_mhz, memory_mhz, celsius, watts, joules (since the driver came);
+        and throttled, of `THROTTLES`, None if that cannot be read."""
         if self.why_off:
             return {}
         n, gpu = self._nvml, self._gpu
@@ -198,12 +205,20 @@ class Sensors:
             "watts": lambda: n.nvmlDeviceGetPowerUsage(gpu) / 1e3,
             "joules": lambda: n.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
         }
-        values = {}
+        values = {"throttled": self._throttled()}
         for name, reader in readers.items():
             # Virtual machines hide some of them, and older packages lack some functions.
             with contextlib.suppress(n.NVMLError, AttributeError):
                 values[name] = reader()
         return values
+
+    def _throttled(self) -> list[str] | None:
+        for word in ("Event", "Throttle"):  # the name until driver 535
+            with contextlib.suppress(self._nvml.NVMLError, AttributeError):
+                read = getattr(self._nvml, f"nvmlDeviceGetCurrentClocks{word}Reasons")
+                bits = read(self._gpu)
+                return [name for bit, name in THROTTLES.items() if bits & bit]
+        return None
 
     def driver(self) -> str | None:
         """Version of the driver."""

@@ -53,7 +53,7 @@ MUTATIONS = (
              "test_ops.py -k loss"),
     Mutation("kernels/group_norm_act.py", "- a[None, :] - v * q[None, :]",
              "+ a[None, :] - v * q[None, :]", "test_group_norm_act.py"),
-    Mutation("csrc/at_ops_cpu.cpp", "inverse_sqrt3", "2 * inverse_sqrt3",
+    Mutation("csrc/at_ops_cpu.cpp", "radius * 0.5773502691896258f", "radius",
              "test_native.py test_ops.py -k fgsm"),
     # The method.
     _m("method/perturbation.py", "return self.lam * math.sqrt(3) / scale",
@@ -63,7 +63,8 @@ MUTATIONS = (
        "test_schedule.py"),
     _m("method/objectives.py", "weight = self.reg_every * size / count", "weight = size / count",
        "test_objectives.py test_closed_form.py"),
-    _m("method/objectives.py", "number, seed = 0 if self.share_dropout else number, draw", "number, seed = number, draw",
+    _m("method/objectives.py", "number, seed = 0 if self.share_dropout else number, draw",
+       "number, seed = number, draw",
        "test_objectives.py test_fuse.py"),
     _m("method/sampling.py", "np.linspace(0, total - 1, steps)", "np.linspace(0, total - 2, steps)",
        "test_sampling.py"),

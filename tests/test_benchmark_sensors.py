@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import timing  # noqa: E402
 
 CUDA = torch.device("cuda")
-READINGS = {"sm_mhz": 1830, "memory_mhz": 3201, "celsius": 41, "watts": 312.5, "joules": 98.765}
+READINGS = {"sm_mhz": 1830, "memory_mhz": 3201, "celsius": 41, "watts": 312.5, "joules": 98.765,
+            "throttled": ["power cap", "thermal (hardware)"]}
+REASONS = [f"nvmlDeviceGetCurrentClocks{word}Reasons" for word in ("Event", "Throttle")]
 FUNCTIONS = {
     "nvmlDeviceGetClockInfo": ("sm_mhz", "memory_mhz"), "nvmlDeviceGetTemperature": ("celsius",),
     "nvmlDeviceGetPowerUsage": ("watts",), "nvmlDeviceGetTotalEnergyConsumption": ("joules",),
@@ -41,6 +43,7 @@ def nvml(monkeypatch):
         nvmlDeviceGetPowerUsage=lambda gpu: 312_500,
         nvmlDeviceGetTotalEnergyConsumption=lambda gpu: 98_765,
         nvmlSystemGetDriverVersion=lambda: "580.65.06",
+        **{name: lambda gpu: 0x1 | 0x2 | 0x4 | 0x40 | 0x100 for name in REASONS},
     )
     monkeypatch.setitem(sys.modules, "pynvml", made)
     place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=2)
@@ -70,6 +73,23 @@ def test_a_sensor_that_is_not_there_costs_no_other(nvml, function, fault):
         delattr(nvml, function)
     left = {k: v for k, v in READINGS.items() if k not in FUNCTIONS[function]}
     assert sensors.read() == left
+
+
+@pytest.mark.parametrize("fault", ["hidden", "missing"])
+def test_what_holds_the_clocks_down_has_an_older_name_and_may_stay_unknown(nvml, fault):
+    sensors = timing.Sensors(CUDA)
+    for name, found in zip(REASONS, (READINGS["throttled"], None), strict=True):
+        if fault == "hidden":
+            setattr(nvml, name, hidden)
+        else:
+            delattr(nvml, name)
+        assert sensors.read() == READINGS | {"throttled": found}
+    assert '"throttled": null' in json.dumps(sensors.read())
+
+
+def test_an_idle_gpu_and_clocks_that_are_set_are_no_throttling(nvml):
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda gpu: 0x1 | 0x2 | 0x100
+    assert timing.Sensors(CUDA).read()["throttled"] == []
 
 
 @pytest.mark.parametrize("fault", ["hidden", "missing"])

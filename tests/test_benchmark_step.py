@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +294,23 @@ def test_what_failed_to_compile_is_checked_before_another_row_uses_it(bench, mon
     monkeypatch.setattr(step.GradientStep, "compile", lambda self: real(self, "eager"))
     found = bench.build(rows["+ whole step compiled"], "robust_adv")
     assert found["status"] == "ok" and found["compiled_error"] < 1e-6 and found["graphs"] == 1
+
+
+@pytest.mark.parametrize("rounds, wanted", [
+    ([["thermal (hardware)"], ["power cap"], None], ["power cap", "thermal (hardware)"]),
+    ([None, [], []], []), ([None] * 3, None)])
+def test_what_throttled_the_gpu_in_any_round_is_recorded(bench, rounds, wanted):
+    """As read behind each round, warm-ups aside."""
+    reads = iter([{"throttled": value} for after in ([], [], *rounds)
+                  for value in (["sync boost"], after)])
+    bench.sensors = SimpleNamespace(read=lambda: next(reads))
+    bench.build(step.Options(), "ddpm")
+    worker, entry = Local(bench.task, False), {"name": "a", "status": "ok"}
+    worker.bench = bench
+    config = run.BenchmarkConfig("step", tiny=True, repeats=3)
+    for _ in step._time([(entry, worker, step.Options(), "ddpm", 1)], config, float("inf")):
+        pass
+    assert entry["samples"] == 3 and entry["throttled"] == wanted
 
 
 def test_limits_and_settings_of_tf32(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,16 @@ def test_a_case_that_cannot_be_built_or_timed_costs_no_other(on, monkeypatch, tm
     rows = {r["provider"]: r for r in second["rows"]}
     assert rows["cpp"]["status"] == "FAILED" and "ms" not in rows["cpp"]
     assert rows["eager"]["ms"] > 0 and rows["torch"]["ms"] > 0
+
+
+@pytest.mark.parametrize("before, after", [
+    ({}, {"joules": 5.0}), ({"joules": 5.0}, {}), ({"joules": 5.0}, {"joules": 7.0})])
+def test_a_sensor_that_comes_or_goes_costs_no_case(before, after):
+    reads = iter([before | {"throttled": None}, after | {"throttled": None}])
+    (case,) = run.select(CPU, "fgsm_project 4x3x8x8 fp32", tiny=True)
+    found = measure(case, CPU, 1, SimpleNamespace(read=lambda: next(reads)), no_compiling)
+    joules = {"case_joules": 2.0} if before and after else {}
+    assert found["sensors"] == {"throttled": None, **after, **joules}
 
 
 def test_sampling_that_fails_while_timed_costs_no_other_provider():

@@ -12,6 +12,7 @@ from robustdm import ops
 from robustdm.cli import guard, parse_train
 from robustdm.errors import UsageError
 from robustdm.models.build import freeze
+from robustdm.models.fuse import FusedResnetBlock2D
 from robustdm.models.load_run import load_run
 from robustdm.models.mlp import PointMLP
 from robustdm.runs.checkpoint import load_newest
@@ -20,7 +21,7 @@ from robustdm.train import main
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.optimizer import EMA
 from robustdm.training.trainer import Trainer
-from tests.conftest import gradients_of
+from tests.conftest import gradients_of, relative_error
 from tests.test_pretrained import TINY, predict, quiet, save, tiny
 
 CPP = ops.why_off("cpp", "adamw_ema", torch.device("cpu"))
@@ -131,6 +132,44 @@ def test_the_other_gradients_are_the_same(tmp_path, backend):
     for (name, p), q in zip(whole.model.named_parameters(), part.model.parameters(), strict=True):
         if not is_frozen(name):
             assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("fields", [
+    {}, dict(freeze=(*FROZEN, "mid_block.*.conv1.bias")), dict(freeze=("*.conv1.weight",)),
+    dict(lora=2, lora_targets=("to_q", "conv2", "mid_block.resnets.0.conv1"))])
+def test_a_bias_that_the_norm_adds_is_trained_averaged_and_kept_as_before(
+    tmp_path, monkeypatch, fields
+):
+    """As on a GPU: that of a first convolution, where no adapter wants to see the whole of it."""
+    if fields.get("lora"):
+        pytest.importorskip("peft")
+    folder, _ = save(tmp_path / "pipe")
+    monkeypatch.setattr(FusedResnetBlock2D, "on_gpu", lambda self, x: True)
+    folded, original = [], FusedResnetBlock2D.folds_bias
+    monkeypatch.setattr(FusedResnetBlock2D, "folds_bias", lambda self, x: (
+        folded.append(original(self, x)) or folded[-1]))
+    found = []
+    for folds in (False, True):
+        monkeypatch.setattr(FusedResnetBlock2D, "fold_bias", folds)
+        trainer = Trainer(tiny(tmp_path, folder, ema_rates=(0.5, 0.9), lr=1e-3, **fields))
+        start = {key: value.clone() for key, value in trainer.state()[0]["model"].items()}
+        for _ in range(3):
+            trainer.train_step(trainer.data.batch(torch.arange(8)))
+        folded.clear()
+        out = predict(trainer.emas[0].model)
+        assert len(folded) == 8 and sum(folded) == (8 - bool(fields.get("lora")) if folds else 0)
+        tensors, _ = trainer.state()
+        names = list(trainer.model.state_dict()), list(tensors["optimizer"])
+        found.append((names, out, {
+            f"{name}, {key}": value - start[key] for name in ("model", "ema_0.5", "ema_0.9")
+            for key, value in tensors[name].items()}))
+    (names, out, moved), (same_names, same_out, same_moved) = found
+    assert same_names == names and moved.keys() == same_moved.keys()
+    assert relative_error(same_out, out) < 1e-5
+    for key, value in moved.items():
+        # A key's bias changes no attention: AdamW makes steps of the rounding of its gradient.
+        if not key.endswith("to_k.bias"):
+            assert relative_error(same_moved[key], value) < 1e-2, key
 
 
 def test_a_compiled_step_leaves_them_out(tmp_path):

@@ -2,15 +2,21 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import relative_error
+from diffusers.models import attention_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from robustdm import ResidentBatch, UsageError
 from robustdm.data import base, batches
+from robustdm.models.build import set_attention
+from robustdm.models.compilation import compile_network, compile_step
 from robustdm.runs.checkpoint import Checkpoint
 from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training import trainer as module
@@ -358,6 +364,72 @@ def test_a_backend_that_is_off_is_refused_before_the_data_are_read(monkeypatch):
 def test_xformers_needs_a_gpu():
     with pytest.raises(UsageError, match="attention is 'xformers', but the device is cpu: use"):
         Trainer(images(attention="xformers"))
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """On CPUs, where the package does not compute: its function as diffusers calls it, in torch."""
+    calls = []
+
+    def attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+        assert query.ndim == 3 and attn_bias is None and p == 0  # (B * H, M, K)
+        calls.append(tuple(query.shape))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return (query @ key.mT * scale).softmax(-1) @ value
+
+    randn = torch.randn
+
+    def allowed(network, config, device):
+        with monkeypatch.context() as patch:  # diffusers asks for a GPU, and tries the call there
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch, "randn", lambda size, device, dtype: randn(size, dtype=dtype))
+            set_attention(network, config, torch.device("cuda"))
+        assert config.attention == "sdpa" or calls.pop() == (1, 2, 40)
+        calls.clear()
+
+    package = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attention))
+    monkeypatch.setattr(attention_processor, "xformers", package)
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(module, "set_attention", allowed)
+    return calls
+
+
+def assert_xformers_is_sdpa(device, limit, compiled=False):
+    """The output, and the gradient of an adversarial step; returns the networks."""
+    trainers = [Trainer(images(attention=kind, device=device, attention_head_dim=4))
+                for kind in ("sdpa", "xformers")]
+    x0 = trainers[0].data.batch(torch.arange(8), device)
+    key = torch.tensor([1, 2, 0], device=device)
+    found = []
+    for trainer in trainers:
+        probe = partial(trainer.probe, x0, [True])
+        if compiled and compile_step(trainer.gradient_step, probe) is not None:
+            assert compile_network(trainer.network, probe) is None  # as --compile does
+        with torch.no_grad():
+            out = trainer.network(x0, torch.arange(8, device=device) * 100).sample
+        weights = trainer.gradient_step(trainer._laid_out(x0), key).weights
+        found.append((out, torch.cat([g.flatten() for g in weights])))
+    for wanted, got in zip(*found, strict=True):
+        assert wanted.norm() > 0 and relative_error(got, wanted) < limit
+    return [t.network for t in trainers]
+
+
+def test_xformers_as_diffusers_calls_it_is_sdpa(xformers):
+    """Sums in another order are all that may differ."""
+    _, network = assert_xformers_is_sdpa("cpu", 3e-6)
+    layers = sum(isinstance(m, attention_processor.Attention) for m in network.modules())
+    # A pass for the output, and three of the step; two heads for each of eight images.
+    assert layers and len(xformers) == 4 * layers and xformers[0][::2] == (16, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled, limit", [(False, 1e-4), (True, 1e-3)])
+def test_xformers_is_sdpa(compiled, limit):
+    pytest.importorskip("xformers.ops", reason="xformers is not installed", exc_type=ImportError)
+    _, network = assert_xformers_is_sdpa("cuda", limit, compiled)
+    for found in network.modules():
+        if isinstance(found, attention_processor.Attention):
+            assert isinstance(found.processor, attention_processor.XFormersAttnProcessor)
 
 
 def test_a_closed_window_is_that_of_its_steps_whenever_it_is_read():
