@@ -50,7 +50,9 @@ TINY_COPY = [2**20]
 # save), which saves the record as it grows and returns it, print_record(record) and
 # failures(record).
 PROGRAMS = {"sampling": sampling, "step": step, "evaluation": evaluation, "scaling": scaling}
-OF_A_NETWORK = ("sampling", "step")
+# Suites that have these options.
+WITH = {"model": ("sampling", "step"), "batch": ("sampling", "step", "evaluation"),
+        "steps": ("sampling", "step")}
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,20 @@ class BenchmarkConfig:
     step: tiny, digits, cifar, celeba64 or lsun256 (by default tiny, on a GPU cifar)."""
     batch: int | None = None
     """sampling: samples drawn at once; by default 128 on a GPU, 16 on a CPU. step: images of a
-    step; by default 128 for cifar, 64 for celeba64 and digits, 16 for the others."""
+    step; by default 128 for cifar, 64 for celeba64 and digits, 16 for the others. evaluation:
+    samples drawn, and images whose features are computed, at once; by default 64 and 256."""
     steps: int | None = None
     """sampling: sampling steps of a timing; by default 50 on a GPU, 5 on a CPU. step: training
     steps of the loss curves that are compared; by default 200, for tiny 30; 0 leaves them out."""
     compile: bool = True
     """step: also the rows that are compiled."""
     only: str = ""
-    """Only cases (sampling: providers) whose name holds this."""
+    """Only cases (sampling: providers, evaluation: stages) whose name holds this."""
     repeats: int = 15
     """Samples of each provider at most; slow ones get fewer, to stay within the time."""
     minutes: float | None = None
     """Time for the suite; by default 4 on a GPU, 3 on a CPU (sampling: 8 and 5, step: 8 and 15,
-    scaling: 4).
+    scaling: 4; evaluation: 3 and 5 for the whole evaluations).
     More time compiles more cases."""
     out: Path | None = None
     """Write the record, JSON, to this file."""
@@ -97,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"repeats is {config.repeats}: it must be at least 1")
     gpu = config.suite not in ("cpu", "scaling") and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    for field in ("model", "batch", "steps") if config.suite not in OF_A_NETWORK else ():
-        if getattr(config, field) is not None:
+    for field, suites in WITH.items():
+        if config.suite not in suites and getattr(config, field) is not None:
             raise UsageError(f"{field} is {getattr(config, field)!r}: the suite {config.suite} has "
-                             f"none; leave it out, or use --suite {' or '.join(OF_A_NETWORK)}")
+                             f"none; leave it out, or use --suite {' or '.join(suites)}")
     if config.suite in PROGRAMS:
         return run_program(PROGRAMS[config.suite], device, config, argv)
     cases = select(device, config.only, config.tiny)

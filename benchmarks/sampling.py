@@ -275,9 +275,6 @@ def run(
         The record, JSON-able: one row per sampler and provider, with status "ok", "WRONG", "FAILED"
         or "off", and for "ok" ms per sampling step (median), p20, p80, samples and img_per_s.
     """
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it explains what .to(bfloat16) may do
     keep_freed_memory()  # for diffusers as for us
     begin = time.perf_counter()
     seconds = 60 * (config.minutes or MINUTES[device.type])
@@ -292,29 +289,45 @@ def run(
     }
     print(f"{record['model']}: {record['parameters'] / 1e6:.2f} M weights, {task.batch} samples of "
           f"{'x'.join(map(str, task.shape))}, {task.steps} steps", flush=True)
-    timers, references = [], {}
+    timers = []
     # Past its limit dynamo would run eagerly without a word.
     with dynamo.patch(fail_on_recompile_limit_hit=True):
-        for number, provider in enumerate(found, 1):
-            print(f"[{number}/{len(found)}] {provider.name}", flush=True)
-            late = time.perf_counter() - begin > COMPILING * seconds
-            # Of its own: a compilation that finds kernels of an earlier one takes no time.
-            with fresh_cache() if provider.compiles else nullcontext():
-                rows, generate = _checked(provider, task, references, late)
+        for rows, generate in checked(found, task, begin + COMPILING * seconds):
             record["rows"] += rows
             save(record)
-            if number == 1 and rows[0]["status"] != "ok":
-                raise RunError("diffusers' eager pipeline, which all are compared with, does not "
-                               f"run: {rows[0].get('reason', 'its images are not finite')}")
             timers += [(row, generate) for row in rows if row["status"] == "ok"]
         print(f"timing, at most {config.repeats} rounds of {len(timers)}", flush=True)
-        for _ in _time(timers, config.repeats, begin + seconds, task):
+        for _ in timed(timers, config.repeats, begin + seconds, task):
             derive(record)
             save(record)
     record["load_after"] = os.getloadavg()[0]
     record["seconds"] = time.perf_counter() - begin
     derive(record)
     return record
+
+
+def checked(
+    found: list[Provider], task: Task, compiling: float
+) -> Iterator[tuple[list[dict], Generate | None]]:
+    """Rows of each provider, and its way to generate; what begins to compile after ``compiling``
+    (of perf_counter) is off.
+
+    Raises:
+        RunError: if the first, which the others are compared with, does not run; after its rows.
+    """
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it explains what .to(bfloat16) may do
+    references: dict[str, Tensor] = {}
+    for number, provider in enumerate(found, 1):
+        print(f"[{number}/{len(found)}] {provider.name}", flush=True)
+        # Of its own: a compilation that finds kernels of an earlier one takes no time.
+        with fresh_cache() if provider.compiles else nullcontext():
+            rows, generate = _checked(provider, task, references, time.perf_counter() > compiling)
+        yield rows, generate
+        if number == 1 and rows[0]["status"] != "ok":
+            raise RunError("diffusers' eager pipeline, which all are compared with, does not "
+                           f"run: {rows[0].get('reason', 'its images are not finite')}")
 
 
 def _checked(
@@ -361,7 +374,7 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _time(
+def timed(
     timers: list[tuple[dict, Generate]], rounds: int, end: float, task: Task
 ) -> Iterator[None]:
     """Time in rounds, each in another order, so that a disturbance hits all alike.

@@ -70,7 +70,9 @@ class EvaluateConfig:
     """Step of the checkpoint to use; the newest sound one if not given."""
     batch_size: int | None = None
     """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
-    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
+    3x32x32, and of others as many as hold as many numbers, from 16 to 2048. Also images of
+    --samples and of the reference whose features are computed at once: at most, and if not given,
+    256."""
     seed: int = 0
     """Sample k of a seed is the same whatever --num and --batch-size."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -134,6 +136,9 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         raise UsageError(f"give one of --run, --samples and --pipeline, not {len(given)}")
     if config.num < 2:
         raise UsageError(f"num is {config.num}: it takes at least 2 samples")
+    if config.batch_size is not None and config.batch_size < 1:
+        raise UsageError(f"batch_size is {config.batch_size}: it must be at least 1")
+    extracted = config.batch_size or measure.EXTRACTED
     out = config.out or (Path("runs") if config.run is None else config.run) / "evaluation"
     with ranks.together():
         if ranks.main:
@@ -175,7 +180,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
                                             config.quantise)
     cache = cache_directory()
     if ranks.exchange(reference is None)[0]:
-        reference = measure.features_of(extractor, clean, cache, ranks=ranks)
+        reference = measure.features_of(extractor, clean, cache, extracted, ranks)
         reference = reference and reference.features
     with ranks.together():
         if ranks.main and config.save_reference is not None:
@@ -192,7 +197,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
                 baseline=baseline), measure.affordable(shape), ranks)
     else:
         name = str(config.samples)
-        features = measure.features_of(extractor, samples, cache, ranks=ranks)
+        features = measure.features_of(extractor, samples, cache, extracted, ranks)
     if not ranks.main:
         return {}
     results = measure.measure(features, reference, config.metrics)

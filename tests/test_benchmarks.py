@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from robustdm import RunError, UsageError, ops
+from robustdm.evaluation.features import Extractor
 from robustdm.models import build_model
 from robustdm.ops import native, reference
 
@@ -35,6 +36,9 @@ from measure import Budget, measure  # noqa: E402
 CPU = torch.device("cpu")
 # Too little time to compile anything.
 QUICK = ["--suite", "cpu", "--tiny", "--repeats", "2", "--minutes", "0.3"]
+
+
+MEASURING = ["--suite", "evaluation", "--tiny", "--repeats", "2", "--minutes", "0.0001"]
 
 
 def no_compiling(wanted):
@@ -161,7 +165,7 @@ def test_sampling_that_fails_while_timed_costs_no_other_provider():
     rows = [{"sampler": "ddim", "status": "ok"} for _ in range(2)]
     task = sampling.make_task(run.BenchmarkConfig("sampling", tiny=True), CPU)
     timers = [(rows[0], broken), (rows[1], lambda sampler, steps: None)]
-    for _ in sampling._time(timers, 2, 0.0, task):
+    for _ in sampling.timed(timers, 2, 0.0, task):
         pass
     assert rows[0]["status"] == "FAILED" and "no memory" in rows[0]["reason"]
     assert "ms" not in rows[0] and rows[1]["samples"] == 2
@@ -283,18 +287,65 @@ def test_list(capsys):
 
 def test_the_record_of_evaluation(tmp_path, capsys, monkeypatch):
     out = tmp_path / "record.json"
-    assert run.main(["--suite", "evaluation", "--tiny", "--out", str(out)]) == 0
+    assert run.main([*MEASURING, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["schema"] == "robustdm-evaluation-1" and record["overlap"]["same"]
-    assert len({m["held_mib"] for m in record["memory"]}) == 1
+    assert len({m["held_mib"] for m in record["memory"]}) == 1 and record["metrics"]["seconds"] > 0
     assert record["features"]["images"] == 500 and "img/s" in capsys.readouterr().out
+    whole = record["whole"]
+    assert [r["provider"] for r in whole["rows"]] == [p.name for p in sampling.providers(CPU)]
+    for row in whole["rows"]:
+        assert row["status"] == ("off" if "compile" in row["provider"] else "ok")
+        if "ms" in row:  # of a step, as in the sampling suite
+            assert row["img_per_s"] == pytest.approx(
+                whole["samples"] / (whole["steps"] * row["ms"] / 1e3))
+    assert sum(row.get("samples") == 2 for row in whole["rows"]) == 6
     # What the overlap does to the features must show.
     extract = evaluation.extract
     monkeypatch.setattr(evaluation, "extract", lambda *a, **k: _shifted(extract(*a, **k)))
-    assert run.main(["--suite", "evaluation", "--tiny"]) == 1
+    assert run.main([*MEASURING, "--only", "overlap"]) == 1
     assert "features differ by 1" in capsys.readouterr().out
     with pytest.raises(UsageError, match="model is 'tiny'"):
         run.main(["--suite", "evaluation", "--model", "tiny"])
+    for arguments, problem in ((["--only", "no such"], "choose one of features, metrics"),
+                               (["--batch", "0"], "batch is 0")):
+        with pytest.raises(UsageError, match=problem):
+            run.main([*MEASURING, *arguments])
+
+
+def test_the_batch_of_evaluation(tmp_path, monkeypatch):
+    """What is drawn at once, and what an extractor gets at once."""
+    call, sizes, out = Extractor.__call__, [], tmp_path / "record.json"
+    monkeypatch.setattr(Extractor, "__call__", lambda self, images: (
+        sizes.append(len(images)), call(self, images))[1])
+    for stage, batch in (("features", 50), ("whole", 5)):
+        sizes.clear()
+        flags = ["--only", stage, "--batch", str(batch), "--out", str(out)]
+        assert run.main([*MEASURING, *flags]) == 0
+        record = json.loads(out.read_text())
+        assert set(sizes) == {batch} and record["batch"] == batch and stage in record
+    assert record["whole"]["samples"] == 10 and "features" not in record
+
+
+def test_an_evaluation_of_wrong_samples_has_no_speed(tmp_path, capsys, monkeypatch):
+    draw, out = sampling.sample, tmp_path / "record.json"
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: draw(*a, **{**k, "seed": 1}))
+    assert run.main([*MEASURING, "--only", "whole", "--out", str(out)]) == 1
+    for row in json.loads(out.read_text())["whole"]["rows"]:
+        assert row["status"] in ("off", "WRONG" if row["ours"] else "ok")
+        assert ("ms" in row) == (row["status"] == "ok")
+    assert "whole, ddpm, ours: WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [sampling, evaluation])
+def test_diffusers_keeps_freed_memory_too(program, monkeypatch):
+    done = []
+    monkeypatch.setattr(program, "keep_freed_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(sampling, "checked", lambda found, *_: done.extend(
+        p.name for p in found) or ())
+    suite = program.__name__
+    run.main(["--suite", suite, "--tiny", *(["--only", "whole"] if program is evaluation else [])])
+    assert done == ["kept", *(p.name for p in sampling.providers(CPU))]
 
 
 def test_a_stage_of_evaluation_that_fails_costs_no_other(tmp_path, capsys, monkeypatch):
@@ -303,9 +354,11 @@ def test_a_stage_of_evaluation_that_fails_costs_no_other(tmp_path, capsys, monke
 
     monkeypatch.setattr(evaluation, "_overlap", broken)
     out = tmp_path / "record.json"
-    assert run.main(["--suite", "evaluation", "--tiny", "--repeats", "1", "--out", str(out)]) == 1
+    monkeypatch.setattr(evaluation, "_whole", broken)
+    assert run.main([*MEASURING, "--out", str(out)]) == 1
     record = json.loads(out.read_text())
-    assert record["failed"] == ["overlap: FAILED RuntimeError: no memory"]
+    assert record["failed"] == [f"{stage}: FAILED RuntimeError: no memory"
+                                for stage in ("overlap", "whole")]
     assert record["features"]["img_per_s"] > 0 and len(record["memory"]) == 2
     assert "no memory" in capsys.readouterr().out
 

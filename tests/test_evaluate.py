@@ -103,6 +103,22 @@ def test_samples_that_are_there(digits_npz, tmp_path):
     assert identical["precision"]["value"] == identical["coverage"]["value"] == 1
 
 
+def test_the_batch_size_is_that_of_features_too(digits_npz, tmp_path, monkeypatch):
+    """Of the samples that are there and of the reference: an extractor may fill a GPU."""
+    extractor_call, sizes, results = features.Extractor.__call__, [], []
+    monkeypatch.setattr(features.Extractor, "__call__", lambda self, images: (
+        sizes.append(len(images)), extractor_call(self, images))[1])
+    for flags in ([], ["--batch-size", 16]):
+        monkeypatch.setenv("ROBUSTDM_CACHE", str(tmp_path / f"cache{len(flags)}"))
+        results.append(run(evaluate, tmp_path / "out", "--samples", digits_npz / "noisy.npz",
+                           "--reference", digits_npz / "clean.npz", "--features", "pixels",
+                           *flags)["results"])
+    assert sizes == [*3 * [256], 130, *3 * [256], 131, *56 * [16], 2, *56 * [16], 3]
+    assert results[0] == results[1]
+    bad(evaluate, "batch_size is 0: it must be at least 1", "--samples", digits_npz / "noisy.npz",
+        "--reference", digits_npz / "clean.npz", "--batch-size", 0)
+
+
 def test_baselines_change_the_samples_of_a_run(digits_run, tmp_path):
     def recall(*args):
         evaluate.main(["--run", str(digits_run), "--num", "40", "--steps", "4", "--features",

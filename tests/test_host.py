@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,18 @@ from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.runs.rundir import read_config
 from robustdm.training.loop import train
 from robustdm.training.trainer import Trainer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only where a test says so: a busy machine would decide what is measured."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(host.time, "perf_counter", lambda: now.seconds)
+
+    def sleep(seconds):
+        now.seconds += seconds
+
+    return sleep
 
 
 @pytest.fixture
@@ -41,47 +52,47 @@ def test_choices_are_the_limit_and_powers_of_two():
 
 
 @pytest.mark.parametrize("fastest", [1, 2, 4])
-def test_the_fastest_number_of_threads_is_set(four_threads, fastest):
+def test_the_fastest_number_of_threads_is_set(four_threads, clock, fastest):
     def compute():
-        time.sleep(0.002 if four_threads[-1] == fastest else 0.01)
+        clock(0.002 if four_threads[-1] == fastest else 0.01)
 
     assert host.fastest_threads(compute, 4, calls=1000) == fastest == four_threads[-1]
 
 
-def test_every_number_has_its_turn_in_every_round(four_threads):
+def test_every_number_has_its_turn_in_every_round(four_threads, clock):
     calls = []
 
     def compute():
         calls.append(four_threads[-1])
-        time.sleep(0.005)
+        clock(0.005)
 
     host.fastest_threads(compute, 4, calls=1000)
     assert calls == [4, *[4, 2, 1] * host.ROUNDS]
 
 
-def test_a_large_network_is_not_timed_with_few_threads(four_threads):
+def test_a_large_network_is_not_timed_with_few_threads(four_threads, clock):
     """Sixteen threads' work on one of them is what nobody waits for."""
     calls = []
 
     def compute():
         calls.append(four_threads[-1])
-        time.sleep(0.08 / four_threads[-1])
+        clock(0.08 / four_threads[-1])
 
     assert host.fastest_threads(compute, 16, calls=10**6) == 16
     assert calls == [4, *[16, 8] * host.ROUNDS]
 
 
-def test_short_work_is_not_timed(four_threads):
+def test_short_work_is_not_timed(four_threads, clock):
     calls = []
     assert host.fastest_threads(lambda: calls.append(1), 4, calls=74) == 4 and not calls
-    host.fastest_threads(lambda: calls.append(1) or time.sleep(0.005), 4, calls=75)
+    host.fastest_threads(lambda: calls.append(1) or clock(0.005), 4, calls=75)
     assert len(calls) == 1 + 3
 
 
-def test_slow_work_is_timed_for_one_round(four_threads, monkeypatch):
+def test_slow_work_is_timed_for_one_round(four_threads, clock, monkeypatch):
     monkeypatch.setattr(host, "BUDGET", 0.0)
     calls = []
-    host.fastest_threads(lambda: calls.append(1) or time.sleep(0.005), 4, calls=10**6)
+    host.fastest_threads(lambda: calls.append(1) or clock(0.005), 4, calls=10**6)
     assert len(calls) == 1 + 3
 
 
@@ -157,14 +168,14 @@ def test_timing_changes_no_weights(tmp_path, four_threads):
         for _ in range(3):
             trainer.train_step(x0)
         states.append([p.clone() for p in trainer.network.parameters()])
-    assert len(four_threads) > 5  # it was timed
+    assert len(four_threads) > 3  # it was timed
     assert all(map(torch.equal, *states))
 
 
 def test_sampling_chooses_its_threads_too(four_threads):
     network = fast_network(PointMLP(3, 8, 1))
     network.choose_threads(4, (3,), calls=1000)
-    assert len(four_threads) > 5
+    assert len(four_threads) > 3
 
 
 @pytest.mark.parametrize("value", [-1, 10**6])
@@ -198,6 +209,38 @@ def main():
         done = subprocess.run([sys.executable, "-c", count + call], capture_output=True, text=True)
         faults.append(int(done.stdout))
     assert faults[0] > 1000 and faults[1] < faults[0] / 10
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone has the setting")
+def test_kept_memory_is_little_more_than_the_peak():
+    """Freed blocks of other sizes may stay unused. Measured: 0.8 to 1.2 times what sampling adds
+    to a process that returns them."""
+    draw = """
+import sys
+from robustdm.host import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+from robustdm.models.inference import fast_network
+from robustdm.models import build_model
+from robustdm.method.sampling import sample
+from robustdm.method.schedule import NoiseSchedule
+from robustdm.runs.config import TrainConfig
+shape, schedule = (3, 32, 32), NoiseSchedule.linear(1000)
+network = fast_network(build_model(TrainConfig(block_channels=(16, 32), resolution=32), shape))
+def kib(name):
+    return next(l.split()[1] for l in open("/proc/self/status") if l.startswith(name))
+sample(network, schedule, shape, num=1, steps=1)  # what libraries load
+print(kib("VmRSS"))
+for num in (80, 37, 64):
+    sample(network, schedule, shape, num=num, steps=2, batch_size=64)
+print(kib("VmHWM"))
+"""
+    found = {}
+    for way in ("free", "keep"):
+        done = subprocess.run([sys.executable, "-c", draw, way], capture_output=True, text=True)
+        found[way] = list(map(int, done.stdout.split()))
+    before, peak = found["free"]
+    assert peak - before > 50_000 and found["keep"][1] - before < 1.5 * (peak - before)
 
 
 @pytest.mark.parametrize("largest, wanted", [

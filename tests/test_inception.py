@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 
 from robustdm import evaluate
 from robustdm.evaluation import measure as measuring
 from robustdm.evaluation.features import load_extractor
 from robustdm.metrics import frechet_distance
+from tests.conftest import relative_error
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields, replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_a_new_run_describes_itself(path):
     facts = json.loads((path / "run.json").read_text())
     assert facts["data"] == {"shape": [1, 8, 8]} and facts["parameters"] == 12
     (session,) = facts["sessions"]
-    assert session["versions"]["torch"] == torch.__version__
+    assert session["versions"]["torch"] == version("torch")
     assert "python" in session["command"] and session["platform"]
     # What concerned that command alone does not come back with a bare --resume.
     assert TrainConfig.from_dict(read_config(path)) == TrainConfig(lr=2e-5)

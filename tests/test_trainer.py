@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error
 from diffusers.models import attention_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training import trainer as module
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.trainer import Trainer
+from tests.conftest import relative_error
 
 SMALL = dict(block_channels=(8, 8), norm_groups=4, batch_size=8, num_points=200)
 

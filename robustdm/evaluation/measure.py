@@ -46,7 +46,8 @@ METRICS = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation", "
 SPLITS = 5
 # Metrics that hold a matrix over pairs are measured on this many features at most.
 _MAX_REFERENCE = 50_000
-_EXTRACTED = 256  # samples that an extractor takes at once
+EXTRACTED = 256
+"""Samples that an extractor takes at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def extract(
             # Many small samples are made at once, but a network may bring them to 299x299.
             if futures:
                 futures[-1].result()  # an error stops the sampling
-            futures += [pool.submit(extractor, part) for part in batch.split(_EXTRACTED)]
+            futures += [pool.submit(extractor, part) for part in batch.split(EXTRACTED)]
         parts = [future.result() for future in futures]
 
     def gathered(values: list[Tensor], first: int | None = None) -> Tensor | None:
@@ -234,13 +235,14 @@ def extract(
 
 
 def features_of(extractor: Extractor, images: Tensor | None, cache: Path | None = None,
-                batch_size: int = 250, ranks: Ranks = ALONE) -> Features | None:
+                batch_size: int = EXTRACTED, ranks: Ranks = ALONE) -> Features | None:
     """Features of a set of images, from the cache if the very same were computed before.
 
     Args:
         images: the set on rank 0, None on the others.
         cache: folder of kept features; a file's name is a hash of the images and the extractor, so
             another setting can never find it. None keeps nothing.
+        batch_size: images at once, `EXTRACTED` at most.
         ranks: those that share the work.
 
     Returns:
