@@ -42,7 +42,6 @@ from robustdm.method.objectives import Objective
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import build_model
 from robustdm.models.fuse import FusedResnetBlock2D, PaddedConv2d, unfuse
-from robustdm.ops.resident import ResidentBatch
 from robustdm.runs.config import TrainConfig, preset_values
 from robustdm.training.optimizer import SkippingAdamW
 from robustdm.training.trainer import Trainer
@@ -372,7 +371,7 @@ class Bench:
         torch.backends.cudnn.allow_tf32 = options.tf32 or options.defaults
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
 
-    def _batch(self, trainer: Ladder) -> Tensor | ResidentBatch:
+    def _batch(self, trainer: Ladder) -> Tensor:
         if not hasattr(trainer, "fixed"):
             trainer.fixed = next(batches(trainer.data, trainer.config, 0, trainer.device))[0]
         return trainer.fixed

@@ -15,7 +15,6 @@ _HOMES = {
     "Draw": "robustdm.method.objectives",
     "Loss": "robustdm.method.objectives",
     "GradientStep": "robustdm.method.gradients",
-    "ResidentBatch": "robustdm.ops.resident",
     "fast_network": "robustdm.models.inference",
     "fuse": "robustdm.models.fuse",
     "unfuse": "robustdm.models.fuse",

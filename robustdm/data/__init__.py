@@ -16,7 +16,6 @@ from robustdm.data.points import GaussiansData, PlaneData, PointData
 from robustdm.data.subspace import SubspaceData, principal_components
 from robustdm.distributed import ALONE, Ranks
 from robustdm.errors import UsageError
-from robustdm.ops.resident import ResidentBatch
 from robustdm.ops.stream import Stream, philox, shuffled, uniform
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def _subspace(config: TrainConfig, corruption: Corruption) -> SubspaceData:
 def batches(
     data: Data, config: TrainConfig, start_step: int, device: torch.device | str,
     ranks: Ranks = ALONE,
-) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The endless training stream from a step on; a pure function of the step.
 
     Args:
@@ -121,9 +120,7 @@ def batches(
     order = (indices[part.start : part.stop]
              for indices in data.order(config.batch_size, config.seed, start_step))
     for step, (x, indices) in enumerate(data.stream(order, device, config.workers), start_step):
-        if isinstance(x, ResidentBatch):
-            x = replace(x, flip=config.flip)
-        elif config.flip:
+        if config.flip:
             sample = torch.arange(part.start, part.stop, device=x.device)
             word, _, _, _ = philox(config.seed, step, sample, Stream.FLIP)
             x = torch.where((uniform(word) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)

@@ -13,7 +13,6 @@ from torch import Tensor
 from robustdm.data.corruption import Corruption, ItemCorruption
 from robustdm.device import to_device
 from robustdm.metrics import noise_level, spread
-from robustdm.ops.resident import ResidentBatch
 from robustdm.ops.stream import WORD, shuffled
 
 # Sets up to this many elements (16 MiB as float32) are corrupted once instead of in every batch.
@@ -120,7 +119,7 @@ class Data:
 
     def stream(
         self, order: Iterator[Tensor], device: torch.device | str, workers: int
-    ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (batch, indices) for every index tensor of an endless ``order``."""
         for indices in order:
             yield self.batch(indices, device), indices
@@ -235,29 +234,6 @@ class TensorData(Data):
             return to_float(self._gather("observed", items, torch.device(device)))
         clean = self.clean(indices, device)
         return self.corruption(clean, to_device(items, clean.device)) if self.corruption else clean
-
-    def stream(
-        self, order: Iterator[Tensor], device: torch.device | str, workers: int
-    ) -> Iterator[tuple[Tensor | ResidentBatch, Tensor]]:
-        device = torch.device(device)
-        stored = self.values if self.observed is None else self.observed
-        if not (self.is_image and self.resident and stored.dtype == torch.uint8):
-            yield from super().stream(order, device, workers)
-        for indices in order:
-            yield self.resident_batch(indices, device), indices
-
-    def resident_batch(self, indices: Tensor, device: torch.device) -> ResidentBatch:
-        """What `batch` gives, still as rows of the set on the device (uint8 images only)."""
-        name = "values" if self.observed is None else "observed"
-        if (name, device) not in self._copies:
-            self._copies[name, device] = getattr(self, name).to(device)
-        items = to_device(self.members[indices.cpu()], device)
-        batch = ResidentBatch(self._copies[name, device], items)
-        if self.observed is None and isinstance(self.corruption, Corruption):
-            noise = self.corruption
-            batch = replace(batch, corrupt_fraction=noise.fraction, corrupt_sigma=noise.sigma,
-                            corrupt_seed=noise.seed)
-        return batch
 
     def all_clean(self) -> Tensor:
         """(N, *shape) float32: every clean item of the whole set, the reference of measures."""

@@ -20,7 +20,6 @@ from robustdm.errors import UsageError
 from robustdm.method.objectives import Objective
 from robustdm.method.predict import predict_noise
 from robustdm.ops.dropout import unfused_dropout
-from robustdm.ops.resident import ResidentBatch
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class GradientStep:
         )
 
     def __call__(
-        self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool = True,
+        self, x0: Tensor, key: Tensor, regularised: bool = True,
         dropout_seed: int | None = None, scale: float = 1.0, last: bool = True,
     ) -> Gradients:
         """Gradients of ``scale`` times the loss.
@@ -107,7 +106,7 @@ class GradientStep:
             return Gradients(*self._run(x0, key, regularised, None, scale))
 
     def _compute(
-        self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool,
+        self, x0: Tensor, key: Tensor, regularised: bool,
         dropout_seed: int | None, scale: float,
     ) -> tuple:
         draw = self.objective.draw_from(

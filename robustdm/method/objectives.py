@@ -28,7 +28,6 @@ from robustdm.method.predict import predict_noise
 from robustdm.method.schedule import NoiseSchedule, expand
 from robustdm.ops import reference, stream
 from robustdm.ops.dropout import masks_from
-from robustdm.ops.resident import ResidentBatch
 from robustdm.ops.stream import Stream
 
 ATTACKING = ("robust_adv", "invariance")
@@ -219,7 +218,7 @@ class Objective:
         return 3.0 + self.reg_fraction * (3.0 + attack) / every
 
     def draw(
-        self, x0: Tensor | ResidentBatch, *, seed: int, step: int, first_index: int = 0,
+        self, x0: Tensor, *, seed: int, step: int, first_index: int = 0,
         t: Tensor | None = None,
     ) -> Draw:
         """Draw a step's random numbers.
@@ -244,7 +243,7 @@ class Objective:
         )
 
     def draw_from(
-        self, x0: Tensor | ResidentBatch, key: Tensor, *, t: Tensor | None = None,
+        self, x0: Tensor, key: Tensor, *, t: Tensor | None = None,
         regularised: bool = True, dropout_seed: int | None = None,
     ) -> Draw:
         """`draw` from a key that lies on the device: nothing of the step's number is baked into a
@@ -292,7 +291,7 @@ class Objective:
         return self._tables[device]
 
     def __call__(
-        self, model: Callable[[Tensor, Tensor], Tensor], x0: Tensor | ResidentBatch, draw: Draw
+        self, model: Callable[[Tensor, Tensor], Tensor], x0: Tensor, draw: Draw
     ) -> Loss:
         """Compute the loss of one step.
 
@@ -347,7 +346,7 @@ class Objective:
         ):
             return predict_noise(model, x, draw.t)
 
-    def _perturb(self, x0: Tensor | ResidentBatch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _perturb(self, x0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """x_t and the random start x_t + s delta_ran (Eq. 7)."""
         scales = draw.signal, draw.noise, draw.radius, draw.key
         if isinstance(x0, Tensor):

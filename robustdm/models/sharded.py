@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from robustdm.method.gradients import Gradients
 from robustdm.method.objectives import Objective
 from robustdm.method.predict import predict_noise
-from robustdm.ops.resident import ResidentBatch
 
 
 def shard(network: nn.Module, device: torch.device, precision: str) -> list[nn.Parameter]:
@@ -145,7 +144,7 @@ class ShardedStep:
         self._passes: list[tuple[Tensor, Tensor]] = []
 
     def __call__(
-        self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool, dropout_seed: int | None,
+        self, x0: Tensor, key: Tensor, regularised: bool, dropout_seed: int | None,
         scale: float, last: bool,
     ) -> Gradients:
         """Gradients of a piece of a batch; those of all its pieces come with the last.

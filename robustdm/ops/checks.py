@@ -72,15 +72,6 @@ def check_values(op: str, radius: Tensor | None = None, lambda_t: Tensor | None 
         raise UsageError(f"{op}: lambda_t holds NaN: it must be a number for every sample")
 
 
-def check_items(op: str, items: Tensor, size: int) -> None:
-    """Rows that do not exist would be read from foreign memory; looked at where that is free."""
-    if items.device.type == "cpu" and len(items) and not (
-        0 <= int(items.min()) and int(items.max()) < size
-    ):
-        raise UsageError(f"{op}: items range from {int(items.min())} to {int(items.max())}: data "
-                         f"has the rows 0 to {size - 1}")
-
-
 def dense_format(x: Tensor) -> torch.memory_format | None:
     """The dense memory format of a tensor; None if it has gaps or another order."""
     if x.is_contiguous():

@@ -28,8 +28,7 @@ from robustdm.ops import native, reference
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 OPS = (
-    "draw_samples", "noise_perturb", "noise_perturb_resident", "fgsm_project", "equivariance_loss",
-    "group_norm_act", "adamw_ema",
+    "noise_perturb", "fgsm_project", "equivariance_loss", "group_norm_act", "adamw_ema",
 )
 _CPP_ONLY = ("adamw_ema",)
 

@@ -171,25 +171,6 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def draw_samples(
-    key: Tensor, tables: Tensor, batch: int, dtype: torch.dtype, gamma: float, lam: float,
-    lambda_mode: str, beta_low: float, beta_high: float, lambda_max: float | None,
-    beta_per_batch: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`robustdm.ops.reference.draw_samples`, for dtypes up to float32."""
-    t = torch.empty(batch, dtype=torch.int64)
-    beta = torch.empty(batch, dtype=torch.float64)
-    floats = [torch.empty(batch) for _ in range(4)]
-    tables = tables.contiguous()
-    _call(
-        "draw_samples", key.data_ptr(), tables.data_ptr(), tables.shape[1], batch, DTYPES[dtype],
-        gamma, lam * 3**0.5, LAMBDA_MODES.get(lambda_mode, 3), beta_low, beta_high,
-        math.inf if lambda_max is None else lambda_max, beta_per_batch,
-        *(x.data_ptr() for x in (t, beta, *floats)),
-    )
-    return t, beta, *floats
-
-
 def noise_perturb(
     x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -204,34 +185,6 @@ def noise_perturb(
             "noise_perturb", x0.data_ptr(), DTYPES[x0.dtype], xt.data_ptr(), x_ran.data_ptr(),
             DTYPES[dtype], *_shape(x0), signal.data_ptr(), noise.data_ptr(), radius.data_ptr(),
             key.data_ptr(), *_team(x0.numel()),
-        )
-    return xt, x_ran
-
-
-def noise_perturb_resident(
-    data: Tensor, items: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor,
-    dtype: torch.dtype, flip: bool, corrupt_fraction: float, corrupt_sigma: float,
-    corrupt_seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`noise_perturb` of `robustdm.ops.reference.load_resident`.
-
-    Args:
-        data: (N, C, H, W) uint8, contiguous or channels-last.
-        items: (B,) int64 rows of ``data``.
-
-    Returns:
-        x_t and x_ran, (B, C, H, W) of ``dtype``, channels-last.
-    """
-    shape = (len(items), *data.shape[1:])
-    xt, x_ran = (
-        torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) for _ in range(2)
-    )
-    if xt.numel():
-        _call(
-            "noise_perturb_resident", data.data_ptr(), not data.is_contiguous(), items.data_ptr(),
-            xt.data_ptr(), x_ran.data_ptr(), DTYPES[dtype], *shape, signal.data_ptr(),
-            noise.data_ptr(), radius.data_ptr(), key.data_ptr(), flip, corrupt_fraction,
-            corrupt_sigma, corrupt_seed, *_team(xt.numel()),
         )
     return xt, x_ran
 

@@ -86,35 +86,6 @@ def scales(
     return signal.to(work), noise.to(work), radius.to(dtype).to(work), lambda_t.to(work)
 
 
-def load_resident(
-    data: Tensor, items: Tensor, key: Tensor, flip: bool, corrupt_fraction: float,
-    corrupt_sigma: float, corrupt_seed: int,
-) -> Tensor:
-    """Images of a resident set as the training sees them: (B, C, H, W) float32 in [-1, 1].
-
-    Gathered, normalised by v / 127.5 - 1, corrupted by the set's one noisy realisation
-    (`robustdm.data.Corruption`), then flipped left to right where this step's draw says so.
-
-    Args:
-        data: (N, C, H, W) uint8.
-        items: (B,) int64 rows of ``data``, which also decide the corruption.
-    """
-    x = data[items].float().div_(127.5).sub_(1)
-    shape = x.shape[1:]
-    if corrupt_fraction > 0 and corrupt_sigma > 0:
-        element = stream.element_index(0, (1, *shape), x.device)
-        index = _per_sample(items * element.numel(), x) + element
-        w0, w1, _, _ = stream.philox(corrupt_seed, 0, index, Stream.CORRUPT_NOISE)
-        word, _, _, _ = stream.philox(corrupt_seed, 0, items, Stream.CORRUPT_CHOICE)
-        chosen = _per_sample(stream.uniform(word) < corrupt_fraction, x)
-        x = torch.where(chosen, x + corrupt_sigma * stream.normal(w0, w1), x)
-    if flip:
-        index = torch.arange(len(items), device=x.device) + key[2]
-        word, _, _, _ = stream.philox(key[0], key[1], index, Stream.FLIP)
-        x = torch.where(_per_sample(stream.uniform(word) < 0.5, x), x.flip(-1), x)
-    return x
-
-
 def noise_perturb(
     x0: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -137,16 +108,6 @@ def noise_perturb(
     xt = (signal * x0.to(work) + noise * eps).to(dtype)
     delta = (radius * unit).to(dtype)
     return xt, (xt.to(work) + noise * delta.to(work)).to(dtype)
-
-
-def noise_perturb_resident(
-    data: Tensor, items: Tensor, signal: Tensor, noise: Tensor, radius: Tensor, key: Tensor,
-    dtype: torch.dtype, flip: bool, corrupt_fraction: float, corrupt_sigma: float,
-    corrupt_seed: int,
-) -> tuple[Tensor, Tensor]:
-    """`noise_perturb` of `load_resident`."""
-    x0 = load_resident(data, items, key, flip, corrupt_fraction, corrupt_sigma, corrupt_seed)
-    return noise_perturb(x0, signal, noise, radius, key, dtype)
 
 
 def fgsm_project(

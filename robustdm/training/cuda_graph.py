@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from robustdm.models.compilation import reason_of
-from robustdm.ops.resident import ResidentBatch
 
 WARM_UPS = 2
 """Plain steps before a capture, in which libraries choose algorithms and buffers are made."""
 
-Batch = Tensor | ResidentBatch
+Batch = Tensor
 
 
 class StepGraph:

@@ -22,7 +22,6 @@ from robustdm.errors import RobustDMError, RunError, UsageError
 from robustdm.host import Slowdown, keep_freed_memory, threads_restored
 from robustdm.models.compilation import compile_network, compile_step
 from robustdm.models.pretrained import settle
-from robustdm.ops.resident import ResidentBatch
 from robustdm.reporting.progress import Progress
 from robustdm.runs.checkpoint import (
     clean_stale,
@@ -447,7 +446,7 @@ class _Session:
         shown = {k: record[k] for k in ("loss", "fit", "reg") if k in record}
         self.progress.update(self.trainer.step, shown)
 
-    def _compile(self, x0: Tensor | ResidentBatch) -> None:
+    def _compile(self, x0: Tensor) -> None:
         """Compile for a batch of the stream: the whole step, else the network, else nothing."""
         trainer, config = self.trainer, self.config
         kinds = sorted({trainer.objective.regularises(s)

@@ -32,7 +32,6 @@ from robustdm.models.weights import (
 )
 from robustdm.ops import stream
 from robustdm.ops.dropout import unfused_dropout
-from robustdm.ops.resident import ResidentBatch
 from robustdm.runs.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -140,7 +139,7 @@ class Trainer:
         lines.append(probe(source, self.model.eval(), self.data.shape, len(self.schedule)))
         return "init from  " + "\n           ".join(lines)
 
-    def _update(self, x0: Tensor | ResidentBatch, key: Tensor, regularised: bool) -> None:
+    def _update(self, x0: Tensor, key: Tensor, regularised: bool) -> None:
         """All that a step does on the device, which a CUDA graph can hold.
 
         Every random number belongs to a sample's place in the whole batch, so the numbers of ranks
@@ -177,7 +176,7 @@ class Trainer:
         self.metrics.add(t, fit, reg, norm, skipped)
 
     def _differentiate(
-        self, piece: Tensor | ResidentBatch, key: Tensor, first: int, regularised: bool,
+        self, piece: Tensor, key: Tensor, first: int, regularised: bool,
         scale: float, last: bool = True,
     ) -> Gradients:
         """Draw a piece's random numbers, and compute its gradients."""
@@ -188,7 +187,7 @@ class Trainer:
             seed = dropout_seed(self.config.seed, self.step, first)
         return self.gradient_step(piece, key, regularised, seed, scale, last)
 
-    def probe(self, x0: Tensor | ResidentBatch, kinds: Iterable[bool]) -> None:
+    def probe(self, x0: Tensor, kinds: Iterable[bool]) -> None:
         """Compute, and drop, the gradients of a batch's first piece: what there is to compile.
 
         Args:
@@ -241,7 +240,7 @@ class Trainer:
         """Whether steps are replayed as a CUDA graph, after the first few that warm up."""
         return self._graph is not None and self._graph.captured
 
-    def train_step(self, x0: Tensor | ResidentBatch, wishes: Iterable = ()) -> None:
+    def train_step(self, x0: Tensor, wishes: Iterable = ()) -> None:
         """One optimizer step; skipped, and counted, if the loss or a gradient is not finite.
 
         Args:
@@ -289,7 +288,7 @@ class Trainer:
         arriving = to_host(self._agreed)
         return lambda: {wish for wish, n in zip(WISHES, arriving().tolist(), strict=True) if n > 0}
 
-    def _laid_out(self, x0: Tensor | ResidentBatch) -> Tensor | ResidentBatch:
+    def _laid_out(self, x0: Tensor) -> Tensor:
         if self.data.is_image and isinstance(x0, Tensor):
             return x0.contiguous(memory_format=torch.channels_last)
         return x0
