@@ -15,14 +15,12 @@ from case import (
     OURS,
     Case,
     Setup,
-    Verdict,
     against,
     both,
     case_name,
     eager_and_compiled,
     looks_like,
     our_backends,
-    relative_error,
 )
 from torch import Tensor
 
@@ -33,7 +31,6 @@ SIZES = ((128, 3, 32, 32), (64, 3, 64, 64), (32, 3, 256, 256))
 TINY = ((4, 3, 8, 8),)
 DTYPES = (torch.float32, torch.bfloat16)
 # gamma, lam, lambda_mode, beta_low, beta_high, lambda_max, beta_per_batch
-DRAW = (8 / 255, 0.3, "ray", 0.5, 2.0, None, False)
 
 
 def cases(device: torch.device, tiny: bool = False) -> list[Case]:
@@ -48,14 +45,11 @@ def cases(device: torch.device, tiny: bool = False) -> list[Case]:
                     continue
             else:
                 target = shape[-1] in (32, 256)
-            for op in (_perturb, _project, _resident):
+            for op in (_perturb, _project):
                 found.append(op(shape, dtype, 0 if target else 1))
             found.append(_loss(shape, dtype, 0 if target else 1, "robust"))
             if small or device.type == "cuda":
                 found += [_loss(shape, dtype, 1, variant) for variant in ("ran", "ddpm")]
-            if small:
-                found.append(_resident(shape, dtype, 1, corrupt=True))
-        found.append(_draws(shape, 1))
     return found
 
 
@@ -138,50 +132,6 @@ def _perturb(shape, dtype, priority) -> Case:
     return Case(
         "noise_perturb", case_name("noise_perturb", "", shape, dtype), moved(3, dtype, shape),
         f"read x0, write x_t and x_ran: 3 x {dtype.itemsize} B an element", dtype, build, priority,
-    )
-
-
-# noise_perturb_resident
-
-
-def _resident(shape, dtype, priority, corrupt: bool = False) -> Case:
-    fraction, sigma = (0.9, 0.2) if corrupt else (0.0, 0.0)
-    options = dict(dtype=dtype, flip=True, corrupt_fraction=fraction, corrupt_sigma=sigma)
-
-    def eager(data, items, signal, noise, radius, key):
-        x = data[items].float() / 127.5 - 1
-        if corrupt:  # new noise each time: torch cannot repeat that of an image
-            chosen = torch.rand(len(items), 1, 1, 1, device=x.device) < fraction
-            x = torch.where(chosen, x + sigma * torch.randn_like(x), x)
-        x = torch.where(torch.rand(len(items), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-        return _eager_drawn_perturb(x.to(dtype), signal, noise, radius, key)
-
-    def build(device: torch.device) -> Setup:
-        b = make_batch(shape, dtype, device)
-        data = torch.randint(0, 256, (4 * shape[0], *shape[1:]), dtype=torch.uint8, device=device)
-        items = torch.randperm(len(data), device=device)[: shape[0]]
-        scales = b["signal"], b["noise"], b["radius"]
-
-        @cache
-        def expected():
-            x0 = reference.load_resident(data, items, b["key"], True, fraction, sigma, 0)
-            wide = (v.double() for v in (x0, *scales))
-            return reference.noise_perturb(*wide, b["key"], torch.float64)
-
-        ours, off = our_backends(
-            "noise_perturb_resident", device,
-            lambda name: partial(ops.noise_perturb_resident, **options, backend=name),
-            against(expected, OURS[dtype]),
-        )
-        drawn = eager_and_compiled(eager, looks_like(expected))
-        return Setup((data, items, *scales, b["key"]), [*drawn, *ours], off)
-
-    return Case(
-        "noise_perturb_resident",
-        case_name("noise_perturb_resident", "corrupt" * corrupt, shape, dtype),
-        moved(2, dtype, shape, extra=1),
-        f"read a uint8 image, write x_t and x_ran: 1 + 2 x {dtype.itemsize} B an element",
-        dtype, build, priority,
     )
 
 
@@ -315,45 +265,3 @@ def _alone(backend: str, dtype: torch.dtype):
         return out[: 4 if pred_adv is None else 5]
 
     return call
-
-
-# draw_samples
-
-
-def _draws(shape, priority) -> Case:
-    batch = shape[0]
-    dtype = torch.float32
-
-    def eager(key, tables):
-        t = torch.randint(0, tables.shape[1], (batch,), device=tables.device)
-        beta = 0.5 + 1.5 * torch.rand(batch, dtype=torch.float64, device=tables.device)
-        return t, beta, *reference.scales(tables, t, beta, dtype, *DRAW[:3], None)
-
-    def build(device: torch.device) -> Setup:
-        s = torch.linspace(0.01, 0.999, 1000, dtype=torch.float64, device=device)
-        tables = torch.stack(((1 - s**2).sqrt(), s, s))
-        key = torch.tensor([1, 2, 0], device=device)
-
-        @cache
-        def expected():
-            return reference.draw_samples(key, tables, batch, torch.float64, *DRAW)
-
-        def consistent(inputs, got):
-            t, beta, *scales = got
-            if not (((t >= 0) & (t < 1000)).all() and ((beta >= 0.5) & (beta < 2)).all()):
-                return Verdict(float("nan"), OTHERS[dtype], "range of t and beta")
-            of_those = reference.scales(tables, t, beta, torch.float64, *DRAW[:3], None)
-            return Verdict(relative_error(scales, of_those), OTHERS[dtype],
-                           "float64 reference at its own t and beta")
-
-        def call(name):
-            return lambda key, tables: ops.draw_samples(
-                key, tables, batch, dtype, *DRAW, backend=name)
-
-        ours, off = our_backends("draw_samples", device, call, against(expected, OURS[dtype]))
-        return Setup((key, tables), [*eager_and_compiled(eager, consistent), *ours], off)
-
-    return Case(
-        "draw_samples", f"draw_samples {batch}", batch * (3 * 8 + 2 * 8 + 4 * 4),
-        "read 3 table entries, write t, beta and 4 scales: 56 B a sample", dtype, build, priority,
-    )

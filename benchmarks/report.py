@@ -59,7 +59,7 @@ def measured(case: dict) -> dict[str, float]:
 
 
 # Bound by arithmetic, not by memory: 66 instructions an element, 65 % of a copy at best.
-ARITHMETIC = [("noise_perturb", "bf16"), ("noise_perturb_resident", "bf16")]
+ARITHMETIC = [("noise_perturb", "bf16")]
 
 
 def failures(record: dict) -> list[str]:
@@ -102,8 +102,7 @@ def targets(record: dict) -> list[dict]:
             ratios(f"{op} 128x3x32x32 fp32", "cpp", 3.0)
         ratios(optimizer, "cpp", 1.1, compiled=False)
     else:
-        for op in ("noise_perturb", "noise_perturb_resident", "fgsm_project",
-                   "equivariance_loss robust"):
+        for op in ("noise_perturb", "fgsm_project", "equivariance_loss robust"):
             for dtype in ("fp32", "bf16"):
                 name = f"{op} 32x3x256x256 {dtype}"
                 alone = "triton alone" if op.startswith("equivariance_loss") else "triton"

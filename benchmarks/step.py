@@ -464,8 +464,6 @@ class Bench:
         if isinstance(built, paper_loop.PaperLoop):
             config = self.task.config(options)
             x0 = next(batches(self.task.data(config), config, 0, self.task.device))[0]
-            if isinstance(x0, ResidentBatch):
-                x0 = x0.load(torch.zeros(3, dtype=torch.int64, device=x0.device))
             x0 = x0.contiguous()
             return lambda: built.step(x0)
         built.use(name, options.graph)

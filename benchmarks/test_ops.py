@@ -34,14 +34,6 @@ def test_noise_perturb(benchmark, batch, backend):
     assert xt.shape == x_ran.shape == SHAPE
 
 
-def test_noise_perturb_resident(benchmark, batch, backend):
-    data = torch.zeros(64, *SHAPE[1:], dtype=torch.uint8)
-    arguments = [batch[name] for name in ("signal", "noise", "radius", "key")]
-    xt, _ = benchmark(ops.noise_perturb_resident, data, torch.arange(32), *arguments, flip=True,
-                      backend=backend)
-    assert xt.shape == SHAPE
-
-
 def test_fgsm_project(benchmark, batch, backend):
     arguments = [batch[name] for name in ("x0", "gradient", "noise", "radius", "key")]
     _, delta = benchmark(ops.fgsm_project, *arguments, backend=backend)

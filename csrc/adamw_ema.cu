@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) int
-#define ROBUSTDM_ABI 3  // native.ABI
+#define ROBUSTDM_ABI 4  // native.ABI
 
 namespace {
 

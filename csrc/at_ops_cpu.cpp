@@ -225,75 +225,6 @@ void diffuse(const StepNoise& step, const Shape& shape, int64_t first, int64_t l
   }
 }
 
-// ---- Resident images.
-
-struct Resident {
-  const uint8_t* data;      // (N, C, H, W)
-  const int64_t* items;     // (B,)
-  int64_t channels, height, width;
-  bool channels_last, flip;
-  float fraction, sigma;
-  Philox flips, choices, noise;  // choices, noise: the set's own, key (seed, 0)
-  int64_t first;
-
-  bool flipped(int64_t sample) const { return flip && draw(flips, first + sample) < 0.5f; }
-
-  bool corrupted(int64_t item) const {
-    return fraction > 0 && sigma > 0 && draw(choices, item) < fraction;
-  }
-
-  static float draw(const Philox& philox, int64_t index) {
-    const Lanes one[1] = {broadcast((uint64_t)index)};
-    Lanes word[4][1];
-    philox(one, word);
-    return uniform((uint32_t)word[0][0][0]);
-  }
-
-  // Elements [start, start + n) of a sample in channels-last order, n and start multiples of C.
-  void load(int64_t sample, int64_t start, int n, float* x) const {
-    const int64_t item = items[sample], area = height * width;
-    const int64_t by_c = channels_last ? 1 : area, by_s = channels_last ? channels : 1;
-    const uint8_t* image = data + item * channels * area;
-    const bool mirrored = flipped(sample), noisy = corrupted(item);
-    uint8_t bytes[BLOCK];
-    uint64_t element[BLOCK];  // index of the source element in the whole set
-    const int64_t end = (start + n) / channels;
-    for (int64_t s = start / channels, done = 0; s < end;) {
-      const int64_t column = s % width, row = s - column;
-      const int64_t stop = row + width < end ? row + width : end;
-      const int64_t source = mirrored ? row + width - 1 - column : s, step = mirrored ? -1 : 1;
-      const int length = (int)(stop - s);
-      for (int64_t c = 0; c < channels; ++c) {
-        const uint8_t* from = image + c * by_c + source * by_s;
-        for (int i = 0; i < length; ++i) bytes[done + i * channels + c] = from[i * step * by_s];
-        if (noisy)
-          for (int i = 0; i < length; ++i)
-            element[done + i * channels + c] =
-                (uint64_t)((item * channels + c) * area + source + i * step);
-      }
-      done += length * channels;
-      s = stop;
-    }
-    for (int i = 0; i < n; ++i) x[i] = (float)bytes[i] / 127.5f - 1.0f;
-    if (!noisy) return;
-    uint32_t word0[BLOCK], word1[BLOCK];
-    for (int i = 0; i < n; i += CHAINS * LANES) {
-      Lanes index[CHAINS], word[4][CHAINS];
-      memcpy(index, element + i, sizeof index);
-      noise(index, word);
-      for (int j = 0; j < CHAINS; ++j) {
-        store_words(word[0][j], word0 + i + j * LANES);
-        store_words(word[1][j], word1 + i + j * LANES);
-      }
-    }
-    for (int i = 0; i < n; ++i) {
-      float cosine_half, sine_half;
-      normal_pair(word0[i], word1[i], &cosine_half, &sine_half);
-      x[i] = x[i] + sigma * cosine_half;
-    }
-  }
-};
-
 // ---- The projection.
 
 // gradient may be null: outwards, along the start.
@@ -447,35 +378,6 @@ void loss_and_gradients(const StepNoise& step, const Shape& shape, int64_t first
 
 }  // namespace
 
-EXPORT(draw_samples)
-(const int64_t* key, const double* tables, int64_t timesteps, int64_t batch, int dtype,
- double gamma, double lam, int mode, double beta_low, double beta_high, double lambda_max,
- int beta_per_batch, int64_t* t, double* beta, float* signal, float* noise, float* radius,
- float* lambda_t) {
-  const uint32_t seed = (uint32_t)key[0], step = (uint32_t)key[1];
-  uint32_t word[4];
-  philox(seed, step, 0, STREAM_BATCH, word);
-  const uint32_t shared = word[1];
-  for (int64_t i = 0; i < batch; ++i) {
-    philox(seed, step, (uint64_t)(key[2] + i), STREAM_SAMPLE, word);
-    t[i] = (int64_t)((uint64_t)word[0] * (uint64_t)timesteps >> 32);
-    const uint32_t chosen = beta_per_batch ? shared : word[1];
-    const double uniform = (double)(chosen >> 8) * 0x1p-24, factor = beta_high - beta_low;
-    const double b = beta_low + factor * uniform;
-    const double s = tables[timesteps + t[i]], ray = tables[2 * timesteps + t[i]];
-    const double r = ray + gamma * b / s;
-    const double scale = mode == 0 ? b * ray : mode == 1 ? b * s * r : mode == 2 ? r : b * r;
-    const double l = lam / scale;
-    beta[i] = b;
-    signal[i] = (float)tables[t[i]];
-    noise[i] = (float)s;
-    radius[i] = (float)r;
-    FOR_DTYPE(dtype, round_each, radius + i, 1);
-    lambda_t[i] = (float)(l > lambda_max ? lambda_max : l);
-  }
-  return OK;
-}
-
 EXPORT(noise_perturb)
 (const void* x0, int x0_dtype, void* xt, void* x_ran, int dtype, int64_t batch, int64_t channels,
  int64_t spatial, const float* signal, const float* noise, const float* radius, const int64_t* key,
@@ -486,30 +388,6 @@ EXPORT(noise_perturb)
     float buffer[BLOCK];
     auto clean = [&](int64_t, int64_t offset, int n) {
       return load(x0, x0_dtype, offset, n, buffer);
-    };
-    FOR_DTYPE(dtype, diffuse, step, shape, first, last, signal, noise, radius, xt, x_ran, clean);
-  });
-  return OK;
-}
-
-EXPORT(noise_perturb_resident)
-(const uint8_t* data, int channels_last, const int64_t* items, void* xt, void* x_ran, int dtype,
- int64_t batch, int64_t channels, int64_t height, int64_t width, const float* signal,
- const float* noise, const float* radius, const int64_t* key, int flip, float fraction,
- float sigma, int64_t corrupt_seed, int threads, Runtime runtime) {
-  if (channels > BLOCK / 4) return UNSUPPORTED;
-  const Shape shape(batch, 1, channels * height * width, channels);
-  const StepNoise step(key);
-  const uint64_t seed = (uint64_t)corrupt_seed;
-  const Resident images = {
-      data, items, channels, height, width, channels_last != 0, flip != 0, fraction, sigma,
-      Philox((uint64_t)key[0], (uint64_t)key[1], STREAM_FLIP),
-      Philox(seed, 0, STREAM_CORRUPT_CHOICE), Philox(seed, 0, STREAM_CORRUPT_NOISE), key[2]};
-  parallel_for(shape.blocks, threads, runtime, [&](int64_t first, int64_t last) {
-    float buffer[BLOCK];
-    auto clean = [&](int64_t sample, int64_t offset, int n) {
-      images.load(sample, offset - sample * shape.numel, n, buffer);
-      return buffer;
     };
     FOR_DTYPE(dtype, diffuse, step, shape, first, last, signal, noise, radius, xt, x_ran, clean);
   });

@@ -7,7 +7,7 @@
 
 #include "philox.h"  // as_float, as_bits
 
-#define ROBUSTDM_ABI 3  // native.ABI
+#define ROBUSTDM_ABI 4  // native.ABI
 
 #ifndef ROBUSTDM_VARIANT
 #define ROBUSTDM_VARIANT base
@@ -19,7 +19,7 @@
 
 namespace {
 
-enum Status { OK = 0, OUT_OF_MEMORY = 1, UNSUPPORTED = 2 };
+enum Status { OK = 0, OUT_OF_MEMORY = 1 };
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded: it shares torch's threads. Linking a

@@ -12,7 +12,7 @@ _HOMES = {
     "NoiseSchedule": "robustdm.method.schedule",
     "Perturbation": "robustdm.method.perturbation",
     "Objective": "robustdm.method.objectives",
-    "Draw": "robustdm.method.objectives",
+    "Draw": "robustdm.method.draws",
     "Loss": "robustdm.method.objectives",
     "GradientStep": "robustdm.method.gradients",
     "fast_network": "robustdm.models.inference",

@@ -209,8 +209,8 @@ def _check(op: str, backend: str, device: torch.device) -> dict:
     interpreted = backend == "triton" and device.type == "cpu"
     result = {"op": op, "backend": backend, "device": device.type}
     worst = dict(result, error=0.0, tolerance=TOLERANCE["float32"])
-    # The optimizer's weights are float32 and the draws float64, whatever the batch is.
-    halves = () if op in ("draw_samples", "adamw_ema") else (torch.bfloat16,)
+    # The optimizer's weights are float32, whatever the batch is.
+    halves = () if op == "adamw_ema" else (torch.bfloat16,)
     for dtype in (torch.float32, *halves):
         tolerance = TOLERANCE[str(dtype).removeprefix("torch.")]
         if interpreted and dtype == torch.bfloat16:
@@ -254,20 +254,6 @@ def _wide(*tensors):
     return [t.double() for t in tensors]
 
 
-def _probe_draw_samples(device, dtype, backend):
-    import torch
-
-    from robustdm import NoiseSchedule, ops
-    from robustdm.ops import reference
-
-    s = NoiseSchedule.linear(100).sqrt_one_minus_alphas_cumprod
-    tables = torch.stack(((1 - s**2).sqrt(), s, s)).to(device)
-    key = torch.tensor([7, 11, 5], device=device)
-    rest = (0.03, 0.3, "ray", 0.5, 2.0, None, False)
-    got = ops.draw_samples(key, tables, 16, dtype, *rest, backend=backend)
-    return zip(got, reference.draw_samples(key, tables, 16, torch.float64, *rest), strict=True)
-
-
 def _probe_noise_perturb(device, dtype, backend):
     import torch
 
@@ -277,24 +263,6 @@ def _probe_noise_perturb(device, dtype, backend):
     x0, _, *scales, key = _batch(device, dtype)
     got = ops.noise_perturb(x0, *scales, key, backend=backend)
     expected = reference.noise_perturb(*_wide(x0, *scales), key, torch.float64)
-    return zip(got, expected, strict=True)
-
-
-def _probe_noise_perturb_resident(device, dtype, backend):
-    import torch
-
-    from robustdm import ops
-    from robustdm.ops import reference
-
-    *_, signal, noise, radius, key = _batch(device, dtype)
-    data = torch.randint(0, 256, (6, 3, 9, 8), dtype=torch.uint8).to(device)
-    items = torch.tensor([5, 0, 3, 2], device=device)
-    options = dict(flip=True, corrupt_fraction=0.5, corrupt_sigma=0.2, corrupt_seed=3)
-    got = ops.noise_perturb_resident(
-        data, items, signal, noise, radius, key, dtype=dtype, backend=backend, **options
-    )
-    x0 = reference.load_resident(data, items, key, *options.values())
-    expected = reference.noise_perturb(*_wide(x0, signal, noise, radius), key, torch.float64)
     return zip(got, expected, strict=True)
 
 
@@ -366,9 +334,7 @@ def _probe_adamw_ema(device, dtype, backend):
 
 
 PROBES: dict[str, Callable] = {
-    "draw_samples": _probe_draw_samples,
     "noise_perturb": _probe_noise_perturb,
-    "noise_perturb_resident": _probe_noise_perturb_resident,
     "fgsm_project": _probe_fgsm_project,
     "equivariance_loss": _probe_equivariance_loss,
     "group_norm_act": _probe_group_norm_act,

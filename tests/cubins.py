@@ -67,14 +67,6 @@ LAYOUTS = (
 )
 
 
-def draw_samples(module, dtype: torch.dtype) -> Iterator[Case]:
-    tables = torch.empty(3, 1000, dtype=torch.float64, device="meta")
-    for mode, bound, shared in (("ray", None, False), ("x", 5.0, True)):
-        yield mode, mode == "ray", lambda mode=mode, bound=bound, shared=shared: (
-            module.draw_samples(KEY, tables, 128, dtype, 1.0, 0.3, mode, 0.5, 2.0, bound, shared)
-        )
-
-
 def noise_perturb(module, dtype: torch.dtype) -> Iterator[Case]:
     for name, shape, layout, default in LAYOUTS:
         v = vectors(shape[0])
@@ -85,16 +77,6 @@ def noise_perturb(module, dtype: torch.dtype) -> Iterator[Case]:
     yield "256px-from-fp32", half, lambda: (
         module.noise_perturb(images(LSUN, torch.float32), *[vectors(32)] * 3, KEY, dtype)
     )
-    items, v = torch.empty(32, dtype=torch.int64, device="meta"), vectors(32)
-    for layout in (True, False):
-        data = images((1000, 3, 256, 256), torch.uint8, layout)
-        for flip, fraction in ((True, 0.9), (False, 0.0)):
-            name = f"u8-{'nhwc' if layout else 'nchw'}{'-flip-corrupt' if flip else ''}"
-            yield name, layout == flip, lambda data=data, flip=flip, fraction=fraction: (
-                module.noise_perturb_resident(
-                    data, items, v, v, v, KEY, dtype, flip, fraction, 0.2, 1
-                )
-            )
 
 
 def fgsm_project(module, dtype: torch.dtype) -> Iterator[Case]:
@@ -157,7 +139,6 @@ def group_norm_act(module, dtype: torch.dtype) -> Iterator[Case]:
 
 
 MODULES = {
-    "draw_samples": draw_samples,
     "noise_perturb": noise_perturb,
     "fgsm_project": fgsm_project,
     "equivariance_loss": equivariance_loss,

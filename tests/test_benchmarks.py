@@ -274,7 +274,7 @@ def test_usage_errors_are_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     for arguments, problem in (
         (["--only", "no such op"], "no case"), (["--repeats", "0"], "at least 1"),
-        (["--only", "draw_samples 4", "--out", str(tmp_path / "no/x.json")], "make the directory"),
+        (["--only", "noise_perturb 4", "--out", str(tmp_path / "no/x.json")], "make the directory"),
     ):
         with pytest.raises(UsageError, match=problem):
             run.main([*QUICK, *arguments])

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from robustdm.data import Corruption, batches, load_data
-from robustdm.data.base import ImageTensor
+from robustdm.data.base import ImageTensor, to_float
 from robustdm.data.corruption import Jpeg, MissingPixels, Outliers, SaltAndPepper
 from robustdm.data.images import ImageFiles
 from robustdm.errors import UsageError
-from robustdm.ops.resident import ResidentBatch
 from robustdm.ops.stream import LAYOUT_VERSION, Stream, philox_int
 from robustdm.runs.config import TrainConfig, preset_values
 
@@ -104,8 +103,7 @@ def test_training_goes_on_with_the_same_images_from_any_step(folder, kind):
                           (dict(resident_gib=0.0, workers=2), 4)):
         cfg = config(folder, kind, flip=True, **values)
         steps = itertools.islice(batches(load_data(cfg), cfg, start, "cpu"), 4 - start, 8 - start)
-        streams.append([(x.load(torch.tensor([3, 4 + k, 0])) if isinstance(x, ResidentBatch)
-                         else x, i) for k, (x, i) in enumerate(steps)])
+        streams.append(list(steps))
     for other in streams[1:]:
         for (x, i), (y, j) in zip(streams[0], other, strict=True):
             assert torch.equal(i, j) and torch.equal(x, y)
@@ -113,11 +111,9 @@ def test_training_goes_on_with_the_same_images_from_any_step(folder, kind):
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_images_on_the_device_stay_8_bits(folder, kind):
-    cfg = config(folder, kind)
-    data = load_data(cfg)
-    x, indices = next(batches(data, cfg, 0, "cpu"))
-    assert isinstance(x, ResidentBatch) and x.data.dtype == torch.uint8 and not x.corrupt_fraction
-    assert torch.equal(x.load(torch.tensor([3, 0, 0])), data.batch(indices))
+    data = load_data(config(folder, kind))
+    assert data.observed.dtype == torch.uint8
+    assert torch.equal(data.batch(torch.arange(3)), to_float(data.observed[data.members[:3]]))
 
 
 @pytest.mark.parametrize("kind", FIELDS)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("cubins.py")
-ELEMENTWISE = ("draw_samples", "noise_perturb", "fgsm_project", "equivariance_loss")
+ELEMENTWISE = ("noise_perturb", "fgsm_project", "equivariance_loss")
 
 
 def compiled(tmp_path, *arguments):
@@ -37,7 +37,7 @@ def check(rows, modules, architectures, dtypes):
 
 
 # What training launches. Only one kind of GPU and one dtype get all cases; the rest with --slow.
-CORE = ("draw_samples/", "256px/", "equivariance_loss/256px-adv/")
+CORE = ("256px/", "equivariance_loss/256px-adv/")
 
 
 @pytest.mark.parametrize("architecture, dtypes, cases", [

@@ -186,16 +186,3 @@ def test_sums_in_any_number_of_tiles(monkeypatch, shape, tile):
     again = equivariance_loss.equivariance_loss(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
-
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_each_byte_is_the_quotient(channels_last):
-    """Two products replace a division by 127.5; they must round like it for all bytes."""
-    data = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(2, 2, 8, 8)
-    if channels_last:
-        data = data.contiguous(memory_format=torch.channels_last)
-    one, zero = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
-    xt, x_ran = noise_perturb.noise_perturb_resident(
-        data, torch.arange(2, device=DEVICE), one, zero, zero, key_of(0), torch.float32, False,
-        0.0, 0.0, 0,
-    )
-    assert torch.equal(xt, data.float() / 127.5 - 1) and torch.equal(x_ran, xt)

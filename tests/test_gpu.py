@@ -14,7 +14,7 @@ from robustdm.data.base import ImageTensor
 from robustdm.runs.config import TrainConfig
 from robustdm.training.trainer import Trainer
 from tests.conftest import HAS_GPU, TOLERANCE, relative_error
-from tests.test_ops import TABLES, draw, noisy
+from tests.test_ops import draw, noisy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -39,18 +39,6 @@ def inputs(shape, dtype, work, layout, device, count):
 def perturb(*, shape, dtype, work, layout, device, backend):
     key, signal, noise, radius, _, x0 = inputs(shape, dtype, work, layout, device, 1)
     return ops.noise_perturb(x0, signal, noise, radius, key, backend=backend)
-
-
-def resident(*, shape, dtype, work, layout, device, backend):
-    key, signal, noise, radius, _ = inputs(shape, dtype, work, layout, device, 0)
-    g = torch.Generator().manual_seed(1)
-    data = torch.randint(0, 256, (50, *shape[1:]), generator=g, dtype=torch.uint8)
-    items = torch.randint(0, 50, shape[:1], generator=g).to(device)
-    return ops.noise_perturb_resident(
-        data.contiguous(memory_format=layout).to(device), items, signal, noise, radius, key,
-        dtype=work, flip=True, corrupt_fraction=0.7, corrupt_sigma=0.2, corrupt_seed=3,
-        backend=backend,
-    )
 
 
 def project(outward=False):
@@ -93,16 +81,10 @@ def group_norm(full, dropout=0.0):
     return run
 
 
-def samples(*, shape, dtype, work, layout, device, backend):
-    key = torch.tensor([7, 3, 2**33], device=device)
-    return ops.draw_samples(key, TABLES.to(device), shape[0], work, 0.03, 0.3, "x", 0.5, 2.0, 5.0,
-                            backend=backend)
-
-
 ELEMENTWISE = {
-    "draw_samples": samples, "noise_perturb": perturb, "noise_perturb_resident": resident,
-    "fgsm_project": project(), "fgsm_project outward": project(True), "loss": loss(),
-    "loss ddpm": loss(adversarial=False), "loss random": loss(stored=False),
+    "noise_perturb": perturb, "fgsm_project": project(), "fgsm_project outward": project(True),
+    "loss": loss(), "loss ddpm": loss(adversarial=False),
+    "loss random": loss(stored=False),
     "loss invariance": loss(invariance=True), "loss detached": loss(detach_clean=True),
 }
 SMALL = [pytest.param("cpu", (2, 3, 6, 5)),
@@ -112,8 +94,7 @@ LARGE = [pytest.param("cuda", s, marks=pytest.mark.gpu) for s in
 # Nearly every combination is a Triton variant of its own, which takes longer to compile than to
 # run. What an option computes per element is tried at the small shape, in all types; how elements
 # are found, at every shape, with one option. float16 differs from bfloat16 in conversions alone.
-INDEXED = ["draw_samples", "noise_perturb", "noise_perturb_resident", "fgsm_project", "loss",
-           "loss random"]
+INDEXED = ["noise_perturb", "fgsm_project", "loss", "loss random"]
 
 
 def agree(case, shape, dtype, layout, device, bound, exact_on="cpu"):

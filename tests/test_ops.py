@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustdm import NoiseSchedule, Perturbation, ops
-from robustdm.data import Corruption
 from robustdm.errors import UsageError
+from robustdm.method.draws import draw_samples
 from robustdm.ops import reference, stream
 from tests.conftest import HAS_GPU, TOLERANCE, relative_error
 
@@ -46,8 +46,8 @@ BACKEND = pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def draw(shape, dtype, *, first=0, device=CPU):
     """key, signal, noise, radius, lambda_t of a batch."""
     key = torch.tensor([7, 3, first], device=device)
-    _, _, *scales = ops.draw_samples(
-        key, TABLES.to(device), shape[0], dtype, 8 / 255, 0.3, "x", 0.5, 2.0, backend="torch"
+    _, _, *scales = draw_samples(
+        key, TABLES.to(device), shape[0], dtype, 8 / 255, 0.3, "x", 0.5, 2.0, None, False
     )
     return key, *scales
 
@@ -82,18 +82,14 @@ def poisoned(monkeypatch):
 # Every op against its definition.
 
 
-@BACKEND
 @pytest.mark.parametrize("mode", ["ray", "x", "std", "literal"])
 @pytest.mark.parametrize("per_batch, top", [(False, None), (True, 0.5)])
-def test_draws_are_equal_to_the_last_bit(backend, mode, per_batch, top, poisoned):
-    need("draw_samples", backend)
+def test_draws_are_equal_to_the_last_bit(mode, per_batch, top, poisoned):
     key = torch.tensor([2**32 - 1, 5, 2**33])
     pert = Perturbation(lambda_mode=mode)
     for dtype in (*FLOATS, torch.float64):
-        if dtype == torch.float64 and backend != "torch":
-            continue
-        t, beta, signal, noise, radius, lambda_t = ops.draw_samples(
-            key, TABLES, 37, dtype, pert.gamma, pert.lam, mode, 0.5, 2.0, top, per_batch, backend
+        t, beta, signal, noise, radius, lambda_t = draw_samples(
+            key, TABLES, 37, dtype, pert.gamma, pert.lam, mode, 0.5, 2.0, top, per_batch
         )
         wide = reference.wide(dtype)
         index = torch.arange(37) + 2**33
@@ -239,38 +235,6 @@ def test_float16_gradients_do_not_vanish():
         total, _, _ = ops.equivariance_loss(o, None, None, radius, lambda_t, key, backend=backend)
         (grad,) = torch.autograd.grad(total * 2**16, o)
         assert (grad != 0).float().mean() > 0.99
-
-
-@BACKEND
-@pytest.mark.parametrize("channels_last", [False, True, None])
-@pytest.mark.parametrize("flip, fraction, dtype", [
-    (False, 0.0, torch.float32), (True, 0.7, torch.float32), (True, 1.0, torch.bfloat16)
-])
-def test_resident_batches_are_the_data_sets(backend, channels_last, flip, fraction, dtype):
-    need("noise_perturb_resident", backend)
-    g = torch.Generator().manual_seed(0)
-    data = torch.randint(0, 256, (9, 3, 5, 4), generator=g, dtype=torch.uint8)
-    items = torch.tensor([8, 0, 3, 3])
-    key, signal, noise, radius, _ = draw((4,), dtype, first=5)
-    x0 = Corruption(fraction, 0.2, 11)(data[items].float() / 127.5 - 1, items)
-    if flip:
-        word = stream.philox(7, 3, torch.arange(5, 9), stream.Stream.FLIP)[0]
-        chosen = stream.uniform(word) < 0.5
-        assert chosen.any() and not chosen.all()
-        x0 = torch.where(chosen.view(-1, 1, 1, 1), x0.flip(-1), x0)
-    if channels_last:
-        data = data.contiguous(memory_format=torch.channels_last)
-    if channels_last is None:  # with gaps
-        data = torch.stack((data, data), 1)[:, 0]
-    out = ops.noise_perturb_resident(
-        data, items, signal, noise, radius, key, dtype=dtype, flip=flip, corrupt_fraction=fraction,
-        corrupt_sigma=0.2, corrupt_seed=11, backend=backend,
-    )
-    wanted = reference.noise_perturb(x0.double(), *(v.double() for v in (signal, noise, radius)),
-                                     key, torch.float64)
-    for a, b in zip(out, wanted, strict=True):
-        assert a.is_contiguous(memory_format=torch.channels_last) and a.dtype == dtype
-        assert relative_error(a, b) < 2 * TOLERANCE[dtype]
 
 
 @BACKEND
@@ -456,17 +420,13 @@ def samples(dtype):
     shape = (2, 3, 4, 5)
     key, signal, noise, radius, lambda_t = draw(shape, dtype)
     x, o, o2 = (noisy(shape, dtype, n, sliced=False).requires_grad_() for n in range(3))
-    data = torch.zeros(3, 3, 4, 5, dtype=torch.uint8)
     vectors = [noisy((2, 3), dtype, n).contiguous().requires_grad_() for n in range(3)]
     weight, bias = (torch.ones(3, dtype=dtype, requires_grad=True) for _ in range(2))
     scalar = torch.tensor(0.5)
     weights = [torch.randn(3, 4), torch.randn(5)]
     like = [[torch.rand_like(p) for p in weights] for _ in range(4)]
     return {
-        "draw_samples": (key, TABLES, 2, dtype, 0.03, 0.3, "x", 0.5, 2.0, None, False, "auto"),
         "noise_perturb": (x, signal, noise, radius, key, dtype, "auto"),
-        "noise_perturb_resident": (data, torch.tensor([0, 2]), signal, noise, radius, key,
-                                   torch.float32, True, 0.5, 0.1, 0, "auto"),
         "fgsm_project": (x, o.detach(), noise, radius, key, "auto"),
         "equivariance_loss": (o, o2, None, radius, lambda_t, key, dtype, False, False, "auto"),
         "group_norm_act": (x, weight, bias, *vectors, key, 3, True, 0.1, 0, 1e-5, "auto"),
@@ -502,8 +462,8 @@ def test_gradients_in_float64():
 
 
 def whole(x0, key):
-    t, beta, signal, noise, radius, lambda_t = ops.draw_samples(
-        key, TABLES, x0.shape[0], x0.dtype, 0.03, 0.3, "x", 0.5, 2.0)
+    t, beta, signal, noise, radius, lambda_t = draw_samples(
+        key, TABLES, x0.shape[0], x0.dtype, 0.03, 0.3, "x", 0.5, 2.0, None, False)
     xt, x_ran = ops.noise_perturb(x0, signal, noise, radius, key)
     x_adv, delta = ops.fgsm_project(xt, x_ran.sin(), noise, radius, key)
     y = ops.group_norm_act(x_adv, 3)
@@ -532,12 +492,7 @@ def call(op, **changes):
     key, signal, noise, radius, lambda_t = draw(shape, torch.float32)
     x = torch.zeros(shape)
     good = {
-        "draw_samples": dict(key=key, tables=TABLES, batch=2, dtype=torch.float32, gamma=0.1,
-                             lam=0.3, lambda_mode="x", beta_low=0.5, beta_high=2.0),
         "noise_perturb": dict(x0=x, signal=signal, noise=noise, radius=radius, key=key),
-        "noise_perturb_resident": dict(
-            data=x.byte(), items=torch.tensor([0, 1]), signal=signal, noise=noise, radius=radius,
-            key=key),
         "fgsm_project": dict(xt=x, gradient=x, noise=noise, radius=radius, key=key),
         "equivariance_loss": dict(eps_pred=x, eps_pred_adv=x, delta=x, radius=radius,
                                   lambda_t=lambda_t, key=key),
@@ -568,19 +523,12 @@ BAD = [
     ("noise_perturb", dict(key=torch.zeros(3)), "key is torch.float32"),
     ("noise_perturb", dict(signal=torch.ones(2, device="meta")), "signal is on meta, x0 on cpu"),
     ("noise_perturb", dict(backend="cuda"), "backend is 'cuda': choose one of auto, torch, cpp"),
-    ("noise_perturb_resident", dict(data=torch.zeros(2, 3, 4, 4)), r"data is torch.float32 of sha"),
-    ("noise_perturb_resident", dict(items=torch.zeros(2)), r"items is torch.float32"),
-    ("noise_perturb_resident", dict(items=torch.tensor([0, 2])), "items range from 0 to 2: data"),
-    ("noise_perturb_resident", dict(items=torch.tensor([-1, 0])), "items range from -1 to 0"),
-    ("noise_perturb_resident", dict(corrupt_fraction=2.0), "corrupt_fraction is 2.0"),
     ("fgsm_project", dict(gradient=torch.zeros(2, 3)), r"gradient has shape \(2, 3\), xt \(2"),
     ("fgsm_project", dict(gradient=torch.zeros(2, 3, 4, 4, device="meta")), "gradient is on meta"),
     ("equivariance_loss", dict(eps_pred_adv=torch.zeros(2, 3)), r"eps_pred_adv has shape \(2, 3\)"),
     ("equivariance_loss", dict(eps_pred_adv=torch.zeros(2, 3, 4, 4).half()), "is torch.float16"),
     ("equivariance_loss", dict(delta=torch.zeros(1, 3, 4, 4)), r"delta has shape \(1, 3, 4, 4\)"),
     ("equivariance_loss", dict(lambda_t=NAN), "lambda_t holds NaN"),
-    ("draw_samples", dict(tables=TABLES.float()), "tables is torch.float32"),
-    ("draw_samples", dict(lambda_mode="r2"), "lambda_mode is 'r2': choose one of ray, x"),
     ("group_norm_act", dict(groups=2), "groups is 2: it must divide the 3 channels"),
     ("group_norm_act", dict(weight=torch.ones(3)), "weight and bias go together"),
     ("group_norm_act", dict(weight=torch.ones(2), bias=torch.ones(2)), r"weight has shape \(2,\)"),
@@ -590,7 +538,6 @@ BAD = [
     ("group_norm_act", dict(x=torch.ones(3)), r"x has shape \(3,\): give"),
     ("noise_perturb", dict(noise=torch.ones(2, requires_grad=True)), "noise requires a gradient"),
     ("noise_perturb", dict(dtype=torch.int32), "dtype is torch.int32: give torch.float32"),
-    ("draw_samples", dict(tables=TABLES[:, :0]), r"tables is torch.float64 of shape \(3, 0\)"),
     ("adamw_ema", {k: GAPS for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")},
      r"params\[0\] has strides \(5, 1\) and shape \(4, 2\), with gaps"),
     ("adamw_ema", {k: MIXED for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")},

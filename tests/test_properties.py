@@ -29,6 +29,7 @@ from robustdm.data.base import TensorData
 from robustdm.data.streamed import StreamedImages
 from robustdm.distributed import Ranks
 from robustdm.errors import RunError, UsageError
+from robustdm.method.draws import draw_samples
 from robustdm.models import improved, pretrained
 from robustdm.ops import reference
 from robustdm.runs import checkpoint
@@ -347,8 +348,8 @@ def test_elementwise_ops_are_the_reference_s_in_any_layout(data):
     x, gradient, other = (data.draw(tensors(shape, dtype)) for _ in range(3))
     key = torch.tensor([data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 2**32 - 1)),
                         data.draw(st.sampled_from([0, 1, 2**31 - 1, 2**40]))])
-    _, _, signal, noise, radius, lambda_t = ops.draw_samples(
-        key, TABLES, shape[0], dtype, 8 / 255, 0.3, "x", 0.5, 2.0, backend="torch")
+    _, _, signal, noise, radius, lambda_t = draw_samples(
+        key, TABLES, shape[0], dtype, 8 / 255, 0.3, "x", 0.5, 2.0, None, False)
     wide = [value.double() for value in (signal, noise, radius)]
     found = ops.noise_perturb(x, signal, noise, radius, key, backend=backend)
     for a, b in zip(found, reference.noise_perturb(x.double(), *wide, key, torch.float64),

@@ -7,7 +7,7 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustdm import NoiseSchedule, Objective, ResidentBatch, UsageError, fuse
+from robustdm import NoiseSchedule, Objective, UsageError, fuse
 from robustdm.method.gradients import GradientStep, WorkingCopy
 from robustdm.models import build_model
 from robustdm.runs.config import TrainConfig
@@ -38,12 +38,6 @@ def key(step, first=0):
 def images(batch=4):
     x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(0))
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def resident(batch=4):
-    data = torch.randint(0, 256, (10, *SHAPE), dtype=torch.uint8)
-    return ResidentBatch(data, torch.arange(batch), flip=True, corrupt_fraction=0.5,
-                         corrupt_sigma=0.2)
 
 
 def recorded(step):
@@ -82,7 +76,7 @@ def test_one_graph_holds_an_exact_step():
     model = network()
     step, eager = GradientStep(model, objective()), GradientStep(model, objective())
     graphs = recorded(step)
-    x0 = resident()
+    x0 = images()
     for number in range(4):
         with dynamo.patch(error_on_recompile=number > 0):
             result = step(x0, key(number))
@@ -183,7 +177,7 @@ def test_a_compiled_working_copy():
     copy = WorkingCopy(network((8,)))
     step, eager = GradientStep(copy, objective()), GradientStep(copy, objective())
     graphs = recorded(step)
-    x0 = resident()
+    x0 = images()
     assert_same(step(x0, key(0)), eager(x0, key(0)))
     for node in nodes(graphs[0], CONV):
         assert node.meta["val"].dtype == torch.bfloat16

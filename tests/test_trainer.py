@@ -12,7 +12,7 @@ from diffusers.models import attention_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from robustdm import ResidentBatch, UsageError
+from robustdm import UsageError
 from robustdm.data import base, batches
 from robustdm.models.build import set_attention
 from robustdm.models.compilation import compile_network, compile_step
@@ -288,16 +288,6 @@ def test_what_cannot_be_captured_runs_as_it_is(fake_cuda, monkeypatch):
         step(torch.zeros(2), torch.tensor([0, number, 0]), True)
     assert steps == [0, 1, 2, 3, 4]
     assert len(warnings) == 1 and "not permitted" in warnings[0] and "\n" not in warnings[0]
-
-
-def test_a_step_graph_of_resident_images_keeps_their_set_where_it_is(fake_cuda):
-    data = torch.zeros(5, 1, 2, 2, dtype=torch.uint8)
-    rows = []
-    step = StepGraph(lambda x0, key, _: rows.append((x0.data is data, x0.items.tolist())),
-                     warn=pytest.fail)
-    for items in ([1, 2], [3, 4]):
-        step(ResidentBatch(data, torch.tensor(items)), torch.zeros(3, dtype=torch.int64), True)
-    assert rows == [(True, [1, 2]), (True, [3, 4])]
 
 
 def test_why_there_is_no_cuda_graph():

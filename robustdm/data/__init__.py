@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,8 +111,8 @@ def batches(
         ranks: the processes that share each batch; this one's part is yielded.
 
     Yields:
-        x (B, *shape) float32 on the device, or images that lie there as uint8, B being batch_size
-        over the number of ranks; and its indices (B,) int64 on the host. A streamed image that
+        x (B, *shape) float32 on the device, B being batch_size over the number of ranks; and its
+        indices (B,) int64 on the host. A streamed image that
         cannot be read is replaced by the next one, in both.
     """
     part = ranks.share(config.batch_size)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from robustdm.data.corruption import Corruption, ItemCorruption
+from robustdm.data.corruption import ItemCorruption
 from robustdm.device import to_device
 from robustdm.metrics import noise_level, spread
 from robustdm.ops.stream import WORD, shuffled

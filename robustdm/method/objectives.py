@@ -23,70 +23,15 @@ from torch import Tensor, nn
 from robustdm import ops
 from robustdm.device import to_device
 from robustdm.errors import UsageError
+from robustdm.method.draws import Draw, draw_samples, dropout_seed, scales_of
 from robustdm.method.perturbation import Perturbation
 from robustdm.method.predict import predict_noise
 from robustdm.method.schedule import NoiseSchedule, expand
-from robustdm.ops import reference, stream
+from robustdm.ops import stream
 from robustdm.ops.dropout import masks_from
-from robustdm.ops.stream import Stream
 
 ATTACKING = ("robust_adv", "invariance")
 OBJECTIVES = ("ddpm", "robust_adv", "robust_ran", "invariance", "outward_ran")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Every random number of one training step, a pure function of (seed, step, sample index).
-
-    The noise itself is not stored: `eps` and `delta` make it when asked, as the fused ops do.
-
-    Attributes:
-        t: (B,) int64 timesteps.
-        beta: (B,) float64 factor of the radius.
-        signal, noise: (B,) sqrt(abar_t) and sqrt(1 - abar_t), in float32 at least.
-        radius: (B,) radius of the l-inf ball, eps-units, as wide; its values are rounded to the
-            batch's dtype, so that perturbations stay in the ball whatever the precision.
-        lambda_t: (B,) weight of the regulariser, as wide; that of the objective that drew.
-        key: (3,) int64 on the device: seed, step, first_index.
-        shape, dtype: of the batch.
-        regularised: whether this step has the regulariser (see ``reg_every`` of `Objective`).
-        dropout_seed: seed of the generator that `torch.nn.Dropout` draws from in the first pass of
-            the step; None leaves the generator alone. (The layers of `robustdm.fuse` use ``key``.)
-    """
-
-    t: Tensor
-    beta: Tensor
-    signal: Tensor
-    noise: Tensor
-    radius: Tensor
-    lambda_t: Tensor
-    key: Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    regularised: bool = True
-    dropout_seed: int | None = None
-
-    @property
-    def eps(self) -> Tensor:
-        """Standard normal noise, (B, ...)."""
-        return stream.element_noise(self.key, self.shape, self.radius.dtype)[0].to(self.dtype)
-
-    @property
-    def delta(self) -> Tensor:
-        """The random start, uniform in the l-inf ball of radius r: (B, ...), eps-units."""
-        # Half precision cannot hold a 23-bit uniform: rounded once, when it is scaled.
-        unit = stream.element_noise(self.key, self.shape, self.radius.dtype)[1]
-        return (unit * expand(self.radius, unit)).to(self.dtype)
-
-    def part(self, begin: int, end: int) -> Draw:
-        """The draw of the samples from ``begin`` up to, not including, ``end``."""
-        if (begin, end) == (0, self.shape[0]):
-            return self
-        vectors = (self.t, self.beta, self.signal, self.noise, self.radius, self.lambda_t)
-        # Not key + tensor([0, 0, begin]): a constant made on the host would have to be copied.
-        key = torch.cat([self.key[:2], self.key[2:] + begin]) if begin else self.key
-        return Draw(*(v[begin:end] for v in vectors), key, (end - begin, *self.shape[1:]),
-                    self.dtype, self.regularised, self.dropout_seed)
 
 
 @dataclass(frozen=True)
@@ -258,14 +203,13 @@ class Objective:
         shape, dtype = tuple(x0.shape), x0.dtype
         if not shape or not dtype.is_floating_point:
             raise UsageError(
-                f"x0 is {dtype} of shape {shape}: pass a floating-point batch (B, ...), or a "
-                "ResidentBatch of uint8 images"
+                f"x0 is {dtype} of shape {shape}: pass a floating-point batch (B, ...)"
             )
         tables, pert = self._device_tables(x0.device), self.perturbation
         fixed = (pert.gamma, pert.lam, pert.lambda_mode)
-        drawn, beta, *scales = ops.draw_samples(
+        drawn, beta, *scales = draw_samples(
             key, tables, shape[0], dtype, *fixed, *pert.beta_range, self.lambda_max,
-            self.beta_per == "batch", self.backend,
+            self.beta_per == "batch",
         )
         if t is not None:
             if t.shape != shape[:1] or t.dtype != torch.int64 or (
@@ -273,7 +217,7 @@ class Objective:
             ):
                 raise UsageError(f"t is {t.dtype} of shape {tuple(t.shape)}: give one timestep per "
                                  f"sample, int64 from 0 to {tables.shape[1] - 1}")
-            scales = reference.scales(tables, t, beta, dtype, *fixed, self.lambda_max)
+            scales = scales_of(tables, t, beta, dtype, *fixed, self.lambda_max)
         t = drawn if t is None else t
         return Draw(t, beta, *scales, key, shape, dtype, regularised, dropout_seed)
 
@@ -348,13 +292,8 @@ class Objective:
 
     def _perturb(self, x0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """x_t and the random start x_t + s delta_ran (Eq. 7)."""
-        scales = draw.signal, draw.noise, draw.radius, draw.key
-        if isinstance(x0, Tensor):
-            return ops.noise_perturb(x0, *scales, backend=self.backend)
-        return ops.noise_perturb_resident(
-            x0.data, x0.items, *scales, dtype=x0.dtype, flip=x0.flip,
-            corrupt_fraction=x0.corrupt_fraction, corrupt_sigma=x0.corrupt_sigma,
-            corrupt_seed=x0.corrupt_seed, backend=self.backend,
+        return ops.noise_perturb(
+            x0, draw.signal, draw.noise, draw.radius, draw.key, backend=self.backend
         )
 
     def _attack(
@@ -396,12 +335,6 @@ class Objective:
             invariance=self.name == "invariance", detach_clean=self.detach_clean,
             backend=self.backend,
         )
-
-
-def dropout_seed(seed: int, step: int, first_index: int) -> int:
-    """Seed of the generator that `torch.nn.Dropout` draws from in a step, see `Draw`."""
-    high, low, _, _ = stream.philox_int(seed, step, first_index, Stream.DROPOUT)
-    return (high >> 1) << 32 | low
 
 
 def first(x: Tensor, count: int) -> Tensor:

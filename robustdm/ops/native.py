@@ -9,35 +9,26 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 3  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
+ABI = 4  # ROBUSTDM_ABI in csrc: a library of another number was built from other sources
 FOLDER = Path(__file__).parents[1] / "_native"
 LEVELS = ("base", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAMBDA_MODES = {"ray": 0, "x": 1, "std": 2}  # anything else: the radius
 SERIAL = 32_768  # up to so many elements, waking threads costs more than they save
 MAX_PLANAR = 96  # channels that a block of the C++ code can hold in contiguous memory
-FAILURES = {1: "out of memory", 2: "images of more than 96 channels"}
+FAILURES = {1: "out of memory"}
 
 _POINTER = c_void_p
 _SIGNATURES = {
-    "draw_samples": [
-        _POINTER, _POINTER, c_int64, c_int64, c_int, c_double, c_double, c_int, c_double, c_double,
-        c_double, c_int, *[_POINTER] * 6,
-    ],
     "noise_perturb": [
         _POINTER, c_int, _POINTER, _POINTER, c_int, *[c_int64] * 3, *[_POINTER] * 4, c_int,
         _POINTER,
-    ],
-    "noise_perturb_resident": [
-        _POINTER, c_int, *[_POINTER] * 3, c_int, *[c_int64] * 4, *[_POINTER] * 4, c_int, c_float,
-        c_float, c_int64, c_int, _POINTER,
     ],
     "fgsm_project": [
         _POINTER, c_int, _POINTER, c_int, _POINTER, _POINTER, *[c_int64] * 3, *[_POINTER] * 3,

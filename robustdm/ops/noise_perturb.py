@@ -7,20 +7,16 @@ from torch import Tensor
 
 from robustdm.ops.checks import (
     as_vector,
-    check_device,
     check_dtype,
     check_float,
-    check_items,
     check_key,
     check_per_sample,
     check_values,
     dense,
-    dense_format,
     like_input,
     need,
 )
 from robustdm.ops.dispatch import choose, eager, implementation, registered
-from robustdm.ops.stream import check_word
 
 
 def _kernels() -> ModuleType:

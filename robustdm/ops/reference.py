@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustdm.ops import stream
-from robustdm.ops.stream import Stream
 
 INVERSE_SQRT3 = 3**-0.5
 
@@ -29,61 +28,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def draw_samples(
-    key: Tensor, tables: Tensor, batch: int, dtype: torch.dtype, gamma: float, lam: float,
-    lambda_mode: str, beta_low: float, beta_high: float, lambda_max: float | None,
-    beta_per_batch: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a training step draws per sample, and what follows from it.
-
-    Args:
-        key: (3,) int64.
-        tables: (3, T) float64: sqrt(abar), s, s**(omega - 1).
-        batch: number of samples B.
-        dtype: of the batch.
-        gamma, lam, lambda_mode, beta_low, beta_high: as in `robustdm.Perturbation`.
-        lambda_max: upper bound of lambda_t, None is unbounded.
-        beta_per_batch: one factor for the whole step instead of one per sample.
-
-    Returns:
-        t (B,) int64, beta (B,) float64, and signal, noise, radius, lambda_t (B,) in the wide dtype.
-    """
-    index = torch.arange(batch, device=key.device) + key[2]
-    w0, w1, _, _ = stream.philox(key[0], key[1], index, Stream.SAMPLE)
-    if beta_per_batch:
-        one = torch.zeros(1, dtype=torch.int64, device=key.device)
-        w1 = stream.philox(key[0], key[1], one, Stream.BATCH)[1].expand(batch)
-    t = (w0 * tables.shape[1]) >> 32
-    beta = beta_low + (beta_high - beta_low) * stream.uniform(w1, torch.float64)
-    return t, beta, *scales(tables, t, beta, dtype, gamma, lam, lambda_mode, lambda_max)
-
-
-def scales(
-    tables: Tensor, t: Tensor, beta: Tensor, dtype: torch.dtype, gamma: float, lam: float,
-    lambda_mode: str, lambda_max: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The per-sample numbers that (t, beta) decide: signal, noise, radius, lambda_t.
-
-    Arguments and results as in `draw_samples`; the formulas are those of `robustdm.Perturbation`,
-    in the same order, so that they agree to the last bit.
-    """
-    signal, noise, ray = (table[t] for table in tables)
-    radius = ray + gamma * beta / noise
-    if lambda_mode == "ray":
-        scale = beta * ray
-    elif lambda_mode == "x":
-        scale = beta * noise * radius
-    elif lambda_mode == "std":
-        scale = radius
-    else:
-        scale = beta * radius
-    lambda_t = lam * 3**0.5 / scale
-    if lambda_max is not None:
-        lambda_t = lambda_t.clamp(max=lambda_max)
-    work = wide(dtype)
-    return signal.to(work), noise.to(work), radius.to(dtype).to(work), lambda_t.to(work)
 
 
 def noise_perturb(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from robustdm.models.compilation import reason_of
 
 WARM_UPS = 2
 """Plain steps before a capture, in which libraries choose algorithms and buffers are made."""
-
-Batch = Tensor
 
 
 class StepGraph:
@@ -30,7 +27,7 @@ class StepGraph:
         warn: told, in one line, why a step could not be captured.
     """
 
-    def __init__(self, run: Callable[[Batch, Tensor, bool], None], warn: Callable[[str], None]):
+    def __init__(self, run: Callable[[Tensor, Tensor, bool], None], warn: Callable[[str], None]):
         self._run, self._warn = run, warn
         self._works = True
         self._kinds: dict[tuple, _Kind] = {}
@@ -42,12 +39,12 @@ class StepGraph:
         """Whether a graph was captured and none failed."""
         return self._works and any(kind.graph is not None for kind in self._kinds.values())
 
-    def __call__(self, x0: Batch, key: Tensor, regularised: bool) -> None:
+    def __call__(self, x0: Tensor, key: Tensor, regularised: bool) -> None:
         """Do a step; arguments as those of ``run``."""
         if not self._works:
             self._run(x0, key, regularised)
             return
-        name = (type(x0), tuple(x0.shape), regularised)
+        name = (tuple(x0.shape), regularised)
         if name not in self._kinds:
             self._kinds[name] = _Kind(x0, key)
         kind = self._kinds[name]
@@ -86,18 +83,12 @@ class StepGraph:
 class _Kind:
     """Inputs at fixed addresses, and the graph that reads them."""
 
-    def __init__(self, x0: Batch, key: Tensor):
-        if isinstance(x0, ResidentBatch):
-            self.x0 = replace(x0, items=x0.items.clone())
-        else:
-            self.x0 = x0.clone()
+    def __init__(self, x0: Tensor, key: Tensor):
+        self.x0 = x0.clone()
         self.key = key.clone()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def load(self, x0: Batch, key: Tensor) -> None:
-        if isinstance(x0, ResidentBatch):
-            self.x0.items.copy_(x0.items)
-        else:
-            self.x0.copy_(x0)
+    def load(self, x0: Tensor, key: Tensor) -> None:
+        self.x0.copy_(x0)
         self.key.copy_(key)

@@ -289,7 +289,7 @@ class Trainer:
         return lambda: {wish for wish, n in zip(WISHES, arriving().tolist(), strict=True) if n > 0}
 
     def _laid_out(self, x0: Tensor) -> Tensor:
-        if self.data.is_image and isinstance(x0, Tensor):
+        if self.data.is_image:
             return x0.contiguous(memory_format=torch.channels_last)
         return x0
 

@@ -20,7 +20,6 @@ from robustdm import (
     NoiseSchedule,
     Objective,
     Perturbation,
-    ResidentBatch,
     attack,
     convert,
     evaluate,
@@ -406,14 +405,8 @@ def _vectors(*names: str) -> dict[str, torch.Tensor]:
 
 
 OPS = {
-    "draw_samples": lambda: dict(
-        key=_key(), tables=torch.rand(3, 50, dtype=torch.float64), batch=4, dtype=torch.float32,
-        gamma=0.03, lam=0.3, lambda_mode="ray", beta_low=0.5, beta_high=2.0),
     "noise_perturb": lambda: dict(
         x0=_batch(), **_vectors("signal", "noise", "radius"), key=_key()),
-    "noise_perturb_resident": lambda: dict(
-        data=torch.zeros(9, 3, 5, 5, dtype=torch.uint8), items=torch.arange(4),
-        **_vectors("signal", "noise", "radius"), key=_key()),
     "fgsm_project": lambda: dict(
         xt=_batch(), gradient=_batch(), **_vectors("noise", "radius"), key=_key()),
     "equivariance_loss": lambda: dict(
@@ -437,9 +430,8 @@ def _tensor(trial: Trial) -> Wrong:
                        if isinstance(value, torch.Tensor) or isinstance(value, list)])
     value = good[name][0] if isinstance(good[name], list) else good[name]
     way = rng.choice(("shape", "dtype", "device", "dimensions"))
-    if (op, name, way) in (("noise_perturb_resident", "data", "shape"),
-                           ("noise_perturb", "x0", "dimensions")):
-        way = "dtype"  # nothing is wrong with a larger set, or with more dimensions
+    if (op, name, way) == ("noise_perturb", "x0", "dimensions"):
+        way = "dtype"  # nothing is wrong with more dimensions
     if way == "shape":
         changed = torch.cat([value.reshape(1, -1).squeeze(0), value.reshape(1, -1).squeeze(0)])
         changed = changed.reshape(2 * value.shape[0], *value.shape[1:]) if value.ndim else changed
@@ -530,10 +522,6 @@ API = (
     ("a model of integers", lambda: _loss(lambda x: x.long()), "model", "floating-point"),
     ("a model of tuples", lambda: _loss(lambda x: (x, x)), "model", ".sample"),
     ("a model of None", lambda: _loss(lambda x: None), "model", ".sample"),
-    ("images of floats by index", lambda: _loss(
-        x0=ResidentBatch(torch.rand(9, 3, 8, 8), torch.arange(4))), "data", "uint8"),
-    ("an index out of the set", lambda: _loss(x0=ResidentBatch(
-        torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 9]))), "items", "0 to 8"),
     ("betas of 0", lambda: NoiseSchedule(torch.zeros(5)), "betas", "between 0 and 1"),
     ("betas of 1", lambda: NoiseSchedule(torch.ones(5)), "betas", "between 0 and 1"),
     ("betas of NaN", lambda: NoiseSchedule(torch.full((5,), math.nan)), "betas", "between 0 and 1"),
