@@ -287,6 +287,7 @@ def test_group_norm_act_of_nothing(backend):
 def test_group_norms_on_a_cpu_by_default(monkeypatch, built):
     """Without csrc they are left to torch, whose gradients are faster than the reference's; the
     numbers are the same."""
+    monkeypatch.setattr(ops.dispatch, "_implementations", {})
     if not built:
         monkeypatch.setattr(ops.native, "status", lambda: {"cpu": (False, "it was not built")})
         monkeypatch.setattr(ops.native, "group_norm_act_forward", None)
@@ -565,6 +566,7 @@ def test_a_backend_that_is_off_says_why(monkeypatch):
         ops.noise_perturb(x, signal, noise, radius, key, backend="cpp")
     with pytest.raises(UsageError, match="'triton', which is off: there is no such kernel"):
         call("adamw_ema", backend="triton")
+    monkeypatch.setattr(ops.dispatch, "_implementations", {})
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UsageError, match="needs a CUDA device"):
         call("noise_perturb", backend="triton")

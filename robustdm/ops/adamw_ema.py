@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from robustdm.ops.checks import check_device, is_dense, need, same_order
+from robustdm.ops.checks import check_device, is_dense, refuse, same_order
 from robustdm.ops.dispatch import choose, implementation, registered
 
 
@@ -85,25 +85,33 @@ def _check_adamw_ema(
     needed = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     optional = {"averages": averages, "copies": copies}
     for name, tensors in (needed | {k: v for k, v in optional.items() if v}).items():
-        need(op, len(tensors) == len(params),
-             f"{name} has {len(tensors)} tensors, params {len(params)}: they must agree")
+        if len(tensors) != len(params):
+            refuse(op, f"{name} has {len(tensors)} tensors, params {len(params)}: they must agree")
         for i, (p, value) in enumerate(zip(params, tensors, strict=True)):
             dtype = torch.bfloat16 if name == "copies" else p.dtype
-            need(op, value.dtype == dtype, f"{name}[{i}] is {value.dtype}: it must be {dtype}")
-            need(op, value.shape == p.shape, f"{name}[{i}] has shape {tuple(value.shape)}, "
-                 f"params[{i}] {tuple(p.shape)}: they must agree")
+            if value.dtype != dtype:
+                refuse(op, f"{name}[{i}] is {value.dtype}: it must be {dtype}")
+            if value.shape != p.shape:
+                refuse(op, f"{name}[{i}] has shape {tuple(value.shape)}, params[{i}] "
+                       f"{tuple(p.shape)}: they must agree")
             # Memory is walked through in one order for all: other strides would mix them up.
-            need(op, same_order(value, p), f"{name}[{i}] has strides {value.stride()}, "
-                 f"params[{i}] {p.stride()}: make it with torch.empty_like")
-            check_device(op, f"params[{i}]", p, **{f"{name}[{i}]": value})
+            if not same_order(value, p):
+                refuse(op, f"{name}[{i}] has strides {value.stride()}, params[{i}] {p.stride()}: "
+                       "make it with torch.empty_like")
+            if value.device != p.device:
+                check_device(op, f"params[{i}]", p, f"{name}[{i}]", value)
     for i, p in enumerate(params):
-        need(op, p.dtype == params[0].dtype and p.dtype in (torch.float32, torch.float64),
-             f"params[{i}] is {p.dtype}, params[0] {params[0].dtype}: give float32 weights")
-        need(op, is_dense(p), f"params[{i}] has strides {p.stride()} and shape {tuple(p.shape)}, "
-             "with gaps: give whole tensors")
-        check_device(op, "params[0]", params[0], **{f"params[{i}]": p})
+        if p.dtype != params[0].dtype or p.dtype not in (torch.float32, torch.float64):
+            refuse(op, f"params[{i}] is {p.dtype}, params[0] {params[0].dtype}: give float32 "
+                   "weights")
+        if not is_dense(p):
+            refuse(op, f"params[{i}] has strides {p.stride()} and shape {tuple(p.shape)}, with "
+                   "gaps: give whole tensors")
+        if p.device != params[0].device:
+            check_device(op, "params[0]", params[0], f"params[{i}]", p)
     scalars = {"lr": lr, "step": step, "decay": decay, "factor": factor, "skip": skip}
     for name, value in scalars.items():
-        need(op, value.numel() == 1 and value.dtype == torch.float32,
-             f"{name} is {value.dtype} of shape {tuple(value.shape)}: give a float32 scalar")
-        check_device(op, "params[0]", params[0], **{name: value})
+        if value.numel() != 1 or value.dtype != torch.float32:
+            refuse(op, f"{name} is {value.dtype} of shape {tuple(value.shape)}: give a float32 "
+                   "scalar")
+        check_device(op, "params[0]", params[0], name, value)

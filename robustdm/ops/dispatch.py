@@ -97,15 +97,34 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return backend
 
 
+_implementations: dict[tuple, ModuleType] = {}
+
+
 def implementation(
     op: str, kernels: Callable[[], ModuleType], backend: str, device: torch.device,
     dtype: torch.dtype,
 ) -> ModuleType:
-    """The module whose function of the op's name runs it; ``kernels`` imports that of Triton."""
-    backend = resolve(op, backend, device, dtype)
-    if backend == "torch":
-        return reference
-    return native if backend == "cpp" else kernels()
+    """The module whose function of the op's name runs it; ``kernels`` imports that of Triton.
+
+    The answer is found once: what is installed does not change while a process lives.
+    """
+    key = op, backend, device.type, dtype
+    module = _implementations.get(key)
+    if module is None:
+        found = resolve(op, backend, device, dtype)
+        module = reference if found == "torch" else native if found == "cpp" else kernels()
+        _implementations[key] = module
+    return module
+
+
+def is_torch(
+    op: str, kernels: Callable[[], ModuleType], backend: str, device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether plain torch runs an op; arguments as those of `implementation`."""
+    if torch.compiler.is_compiling():
+        return resolve(op, backend, device, dtype) == "torch"
+    return implementation(op, kernels, backend, device, dtype) is reference
 
 
 # Two ways in: through torch.library where somebody traces or watches (torch.compile, fake tensors,
@@ -151,6 +170,10 @@ def eager(function: Callable, setup: Callable, backward: Callable) -> Callable:
     differentiable = type(name, (torch.autograd.Function,), methods).apply
 
     def call(*inputs):
-        return (differentiable if torch.is_grad_enabled() else function)(*inputs)
+        if torch.is_grad_enabled():
+            for value in inputs:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return differentiable(*inputs)
+        return function(*inputs)
 
     return call

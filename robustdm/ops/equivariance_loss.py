@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from robustdm.ops import reference
 from robustdm.ops.checks import (
     as_vector,
     check_float,
@@ -15,7 +16,7 @@ from robustdm.ops.checks import (
     check_values,
     dense,
     like_input,
-    need,
+    refuse,
 )
 from robustdm.ops.dispatch import choose, eager, implementation, registered
 from robustdm.ops.reference import wide
@@ -37,8 +38,10 @@ def _run_equivariance_loss(
     total, fit, reg, grad, grad_adv = module.equivariance_loss(
         eps_pred, eps_pred_adv, delta, radius, lambda_t, key, dtype, invariance, detach_clean
     )
-    grad_adv = grad_adv if eps_pred_adv is None else like_input(grad_adv, eps_pred)
-    return total, fit, reg, like_input(grad, eps_pred), grad_adv
+    if module is reference:
+        grad = like_input(grad, eps_pred)
+        grad_adv = grad_adv if eps_pred_adv is None else like_input(grad_adv, eps_pred)
+    return total, fit, reg, grad, grad_adv
 
 
 _equivariance_loss = registered(_run_equivariance_loss)
@@ -114,12 +117,14 @@ def equivariance_loss(
     Source: Briglia et al. 2026, Eq. 6 and 14; Ho et al. 2020, Eq. 14.
     """
     op = "equivariance_loss"
-    need(op, eps_pred.ndim >= 1, "eps_pred has no dimension: give a batch (B, ...)")
+    if not eps_pred.ndim:
+        refuse(op, "eps_pred has no dimension: give a batch (B, ...)")
     check_float(op, "eps_pred", eps_pred)
-    check_like(op, "eps_pred", eps_pred, eps_pred_adv=eps_pred_adv, delta=delta)
-    need(op, eps_pred_adv is None or eps_pred_adv.dtype == eps_pred.dtype,
-         f"eps_pred_adv is {getattr(eps_pred_adv, 'dtype', None)}, eps_pred {eps_pred.dtype}: "
-         "they must agree")
+    check_like(op, "eps_pred", eps_pred, "eps_pred_adv", eps_pred_adv)
+    check_like(op, "eps_pred", eps_pred, "delta", delta)
+    if eps_pred_adv is not None and eps_pred_adv.dtype != eps_pred.dtype:
+        refuse(op, f"eps_pred_adv is {eps_pred_adv.dtype}, eps_pred {eps_pred.dtype}: they must "
+               "agree")
     check_per_sample(op, "eps_pred", eps_pred, radius=radius, lambda_t=lambda_t)
     check_key(op, "eps_pred", eps_pred, key)
     eps_pred, eps_pred_adv, delta = dense(eps_pred, eps_pred_adv, delta)

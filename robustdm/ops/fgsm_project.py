@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from robustdm.ops import reference
 from robustdm.ops.checks import (
     as_vector,
     check_float,
@@ -14,7 +15,7 @@ from robustdm.ops.checks import (
     check_values,
     dense,
     like_input,
-    need,
+    refuse,
 )
 from robustdm.ops.dispatch import choose, eager, implementation, registered
 
@@ -31,7 +32,9 @@ def _run_fgsm_project(
     check_values("fgsm_project", radius)
     module = implementation("fgsm_project", _kernels, backend, xt.device, xt.dtype)
     x_adv, delta = module.fgsm_project(xt, gradient, noise, radius, key)
-    return like_input(x_adv, xt), like_input(delta, xt)
+    if module is reference:
+        return like_input(x_adv, xt), like_input(delta, xt)
+    return x_adv, delta
 
 
 _fgsm_project = registered(_run_fgsm_project)
@@ -78,9 +81,10 @@ def fgsm_project(
     Source: Briglia et al. 2026, Eq. 8.
     """
     op = "fgsm_project"
-    need(op, xt.ndim >= 1, "xt has no dimension: give a batch (B, ...)")
+    if not xt.ndim:
+        refuse(op, "xt has no dimension: give a batch (B, ...)")
     check_float(op, "xt", xt)
-    check_like(op, "xt", xt, gradient=gradient)
+    check_like(op, "xt", xt, "gradient", gradient)
     check_per_sample(op, "xt", xt, noise=noise, radius=radius)
     check_key(op, "xt", xt, key)
     xt, gradient = dense(xt, gradient)

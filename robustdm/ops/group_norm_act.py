@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from robustdm.ops import reference
-from robustdm.ops.checks import channels_last, check_device, check_float, check_key, need
-from robustdm.ops.dispatch import choose, eager, implementation, registered, resolve
+from robustdm.ops.checks import FLOATS, channels_last, check_device, check_float, check_key, refuse
+from robustdm.ops.dispatch import choose, eager, implementation, is_torch, registered, resolve
 from robustdm.ops.reference import wide
 
 
@@ -146,35 +146,48 @@ def group_norm_act(
     Source: Wu & He 2018; Nichol & Dhariwal 2021 for scale and shift.
     """
     op = "group_norm_act"
-    need(op, x.ndim >= 2, f"x has shape {tuple(x.shape)}: give (B, C, *spatial)")
+    if x.ndim < 2:
+        refuse(op, f"x has shape {tuple(x.shape)}: give (B, C, *spatial)")
     check_float(op, "x", x)
-    channels = x.shape[1]
-    need(op, groups >= 1 and channels % groups == 0,
-         f"groups is {groups}: it must divide the {channels} channels of x")
-    for first, second, a, b in (("weight", "bias", weight, bias), ("scale", "shift", scale, shift)):
-        need(op, (a is None) == (b is None), f"{first} and {second} go together: "
-             "give both or none")
-    sizes = {"weight": (channels,), "bias": (channels,), "scale": tuple(x.shape[:2]),
-             "shift": tuple(x.shape[:2]), "add": tuple(x.shape[:2])}
-    for (name, size), value in zip(sizes.items(), (weight, bias, scale, shift, add), strict=True):
-        if value is not None:
-            need(op, tuple(value.shape) == size,
-                 f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)}: give {size}")
-            check_float(op, name, value)
-            check_device(op, "x", x, **{name: value})
-    need(op, 0 <= dropout < 1, f"dropout is {dropout}: give a rate from 0 to below 1")
-    need(op, not dropout or key is not None, "dropout needs a key: give (seed, step, first index)")
+    samples, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        refuse(op, f"groups is {groups}: it must divide the {channels} channels of x")
+    if (weight is None) != (bias is None):
+        refuse(op, "weight and bias go together: give both or none")
+    if (scale is None) != (shift is None):
+        refuse(op, "scale and shift go together: give both or none")
+    if weight is not None:
+        _check(x, "weight", weight, (channels,))
+        _check(x, "bias", bias, (channels,))
+    if scale is not None:
+        _check(x, "scale", scale, (samples, channels))
+        _check(x, "shift", shift, (samples, channels))
+    if add is not None:
+        _check(x, "add", add, (samples, channels))
+    if not 0 <= dropout < 1:
+        refuse(op, f"dropout is {dropout}: give a rate from 0 to below 1")
+    if dropout and key is None:
+        refuse(op, "dropout needs a key: give (seed, step, first index)")
     if key is not None:
         check_key(op, "x", x, key)
-    if backend == "auto" and resolve(op, backend, x.device, x.dtype) == "torch":
+    if backend == "auto" and is_torch(op, _kernels, backend, x.device, x.dtype):
         # Torch's own gradients are faster than the reference's, and a compiler can fuse them.
         return channels_last(reference.group_norm_act(
             channels_last(x), groups, weight, bias, scale, shift, add, silu, dropout, key, layer,
             tiny,
         ))
     run = choose(x, _group_norm_act, _eager_group_norm_act)
-    return run(
-        channels_last(x), *(p if p is None else p.contiguous() for p in (weight, bias)),
-        *(p if p is None else p.contiguous() for p in (scale, shift, add)),
-        key, groups, silu, float(dropout), layer, tiny, backend,
-    )[0]
+    weight, bias, scale, shift, add = [
+        p if p is None else p.contiguous() for p in (weight, bias, scale, shift, add)
+    ]
+    return run(channels_last(x), weight, bias, scale, shift, add, key, groups, silu,
+               float(dropout), layer, tiny, backend)[0]
+
+
+def _check(x: Tensor, name: str, value: Tensor, size: tuple[int, ...]) -> None:
+    if value.shape != size or value.dtype not in FLOATS or value.device != x.device:
+        if value.shape != size:
+            refuse("group_norm_act", f"{name} has shape {tuple(value.shape)}, x {tuple(x.shape)}: "
+                   f"give {size}")
+        check_float("group_norm_act", name, value)
+        check_device("group_norm_act", "x", x, name, value)

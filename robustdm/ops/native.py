@@ -230,8 +230,8 @@ def equivariance_loss(
     return total, fit, reg, grad, grad_adv
 
 
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def _addresses(tensors: list[Tensor | None]) -> list[int | None]:
+    return [x if x is None else x.data_ptr() for x in tensors]
 
 
 def _norm_shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
@@ -245,12 +245,13 @@ def group_norm_act_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`robustdm.ops.reference.group_norm_act_forward` of channels-last tensors; stores no mask."""
     y = torch.empty_like(x)
-    mean, rstd = (torch.empty(x.shape[0], groups) for _ in range(2))
+    mean, rstd = torch.empty(x.shape[0], groups), torch.empty(x.shape[0], groups)
     if x.numel():
-        parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
+        parameters = [p if p is None else p.float().contiguous()
+                      for p in (weight, bias, scale, shift, add)]
         _call(
             "group_norm_act_forward", x.data_ptr(), DTYPES[x.dtype], *_norm_shape(x, groups),
-            *map(_address, parameters), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+            *_addresses(parameters), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
             silu, dropout, _address(key), layer, tiny, *_team(x.numel()),
         )
     return y, x.new_empty(0, dtype=torch.uint8), mean, rstd
@@ -266,10 +267,11 @@ def group_norm_act_backward(
     dx = torch.empty_like(dy)
     sums = torch.empty((*dy.shape[:2], 3) if need_sums else (0,))
     if dy.numel():
-        parameters = [_float(p) for p in (weight, bias, scale, shift, add)]
+        parameters = [p if p is None else p.float().contiguous()
+                      for p in (weight, bias, scale, shift, add)]
         _call(
             "group_norm_act_backward", dy.data_ptr(), DTYPES[dy.dtype], *_norm_shape(dy, groups),
-            x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *map(_address, parameters),
+            x.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *_addresses(parameters),
             dx.data_ptr(), sums.data_ptr() if need_sums else None, silu, dropout,
             _address(key), layer, *_team(dy.numel()),
         )
@@ -277,7 +279,7 @@ def group_norm_act_backward(
 
 
 def _pointers(tensors: list[Tensor]) -> ctypes.Array | None:
-    return (c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) if tensors else None
+    return (c_void_p * len(tensors))(*[x.data_ptr() for x in tensors]) if tensors else None
 
 
 def adamw_ema(
@@ -291,15 +293,16 @@ def adamw_ema(
     """
     if not params:
         return
-    sizes = (c_int64 * len(params))(*(x.numel() for x in params))
+    numbers = [x.numel() for x in params]
+    sizes = (c_int64 * len(params))(*numbers)
     lists = (params, grads, exp_avgs, exp_avg_sqs, averages, copies)
     arguments = (
         len(params), sizes, *map(_pointers, lists),
-        *(x.data_ptr() for x in (lr, step, decay, factor, skip)), beta1, beta2, tiny, weight_decay,
+        *[x.data_ptr() for x in (lr, step, decay, factor, skip)], beta1, beta2, tiny, weight_decay,
     )
     device = params[0].device
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         _call("adamw_ema", *arguments, device.index, stream, variant="cuda")
     else:
-        _call("adamw_ema", *arguments, *_team(sum(sizes)))
+        _call("adamw_ema", *arguments, *_team(sum(numbers)))

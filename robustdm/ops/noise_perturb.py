@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from robustdm.ops import reference
 from robustdm.ops.checks import (
     as_vector,
     check_dtype,
@@ -12,9 +13,9 @@ from robustdm.ops.checks import (
     check_key,
     check_per_sample,
     check_values,
-    dense,
+    dense_format,
     like_input,
-    need,
+    refuse,
 )
 from robustdm.ops.dispatch import choose, eager, implementation, registered
 
@@ -32,7 +33,9 @@ def _run_noise_perturb(
     check_values("noise_perturb", radius)
     module = implementation("noise_perturb", _kernels, backend, x0.device, dtype)
     xt, x_ran = module.noise_perturb(x0, signal, noise, radius, key, dtype)
-    return like_input(xt, x0), like_input(x_ran, x0)
+    if module is reference:
+        return like_input(xt, x0), like_input(x_ran, x0)
+    return xt, x_ran
 
 
 _noise_perturb = registered(_run_noise_perturb)
@@ -89,13 +92,14 @@ def noise_perturb(
     Source: Briglia et al. 2026, Eq. 7 and Algorithm 1.
     """
     op = "noise_perturb"
-    need(op, x0.ndim >= 1, "x0 has no dimension: give a batch (B, ...)")
+    if not x0.ndim:
+        refuse(op, "x0 has no dimension: give a batch (B, ...)")
     check_float(op, "x0", x0)
     check_per_sample(op, "x0", x0, signal=signal, noise=noise, radius=radius)
     check_key(op, "x0", x0, key)
     dtype = dtype or x0.dtype
     check_dtype(op, dtype)
-    (x0,) = dense(x0)
+    x0 = x0.contiguous(memory_format=dense_format(x0) or torch.contiguous_format)
     run = choose(x0, _noise_perturb, _eager_noise_perturb)
-    return run(x0, *(as_vector(v, dtype) for v in (signal, noise, radius)), key, dtype,
-               backend)
+    return run(x0, as_vector(signal, dtype), as_vector(noise, dtype), as_vector(radius, dtype), key,
+               dtype, backend)
