@@ -71,11 +71,12 @@ def _flags_over(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     sections = []
     for group in GROUPS:
         values = {field.name: getattr(config, field.name) for field in dataclasses.fields(group)}
-        sections.append((group.__name__.removesuffix("Fields").lower(),
-                         tyro.conf.OmitArgPrefixes[group], group(**values)))
+        sections.append((group.__name__.removesuffix("Fields").lower(), group, group(**values)))
     parsed = tyro.cli(
         dataclasses.make_dataclass("Flags", sections), args=argv, prog="python -m robustdm.train",
         description="Train a diffusion model that survives noisy data.",
+        # The fields have docstrings; to look for comments besides takes as long as all the rest.
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
     return TrainConfig(**{name: value for group in vars(parsed).values()
                           for name, value in vars(group).items()})
