@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robustdm.errors import PeerError, RobustDMError, UsageError
+from robustdm.flags import parse_flags
 from robustdm.host import keep_freed_memory
-from robustdm.runs.config import GROUPS, TrainConfig
+from robustdm.runs.config import TrainConfig
 from robustdm.runs.fields import load_yaml
 from robustdm.runs.presets import preset_values
 
@@ -62,24 +62,8 @@ def read_yaml(path: Path) -> dict:
 
 
 def _flags_over(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
-    """A configuration with the fields that flags set.
-
-    The parser sees one field per group, so that ``--help`` has a section for each.
-    """
-    import tyro
-
-    sections = []
-    for group in GROUPS:
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(group)}
-        sections.append((group.__name__.removesuffix("Fields").lower(), group, group(**values)))
-    parsed = tyro.cli(
-        dataclasses.make_dataclass("Flags", sections), args=argv, prog="python -m robustdm.train",
-        description="Train a diffusion model that survives noisy data.",
-        # The fields have docstrings; to look for comments besides takes as long as all the rest.
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-    )
-    return TrainConfig(**{name: value for group in vars(parsed).values()
-                          for name, value in vars(group).items()})
+    return parse_flags(TrainConfig, argv, default=config, prog="python -m robustdm.train",
+                       description="Train a diffusion model that survives noisy data.")
 
 
 _UNTOLD = {"resolution": "the size of its images", "schedule": "its noise schedule"}
