@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class ChainFlags:
-    """The chain of timesteps."""
+    """The timesteps that sampling visits."""
 
     steps: int | None = None
     """Timesteps to visit; all if not given."""

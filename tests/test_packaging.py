@@ -71,8 +71,8 @@ def test_help_needs_no_torch(entry):
 
 
 WINGS = (
-    "errors", "device", "host", "untrusted", "distributed", "ops", "method", "metrics", "runs",
-    "models", "reporting", "data", "evaluation", "training", "studies", "cli",
+    "errors", "flags", "device", "host", "untrusted", "distributed", "ops", "method", "metrics",
+    "runs", "models", "reporting", "data", "evaluation", "training", "studies", "cli",
 )
 """Lowest first: every import within the package goes down this list; commands stand above it."""
 
