@@ -75,7 +75,3 @@ class TrainConfig(
             UsageError: for an unknown field (naming the closest known one) or a wrong type.
         """
         return cls(**convert_fields(cls, values, f"{source}: "))
-
-
-GROUPS = TrainConfig.__bases__[::-1]
-"""The groups, in the order of their fields; each field belongs to one."""
