@@ -112,9 +112,10 @@ def parse_flags(config: type[Config], argv: Sequence[str] | None, *, prog: str, 
     def take(names) -> list[tuple]:
         flags = []
         for field in [left.pop(name) for name in names if name in left]:
-            value = field.default if default is None else getattr(default, field.name)
+            value = dataclasses.field(default=field.default) if default is None else (
+                dataclasses.field(default_factory=functools.partial(getattr, default, field.name)))
             told = Annotated[hints[field.name], tyro.conf.arg(help=_help(config, field.name))]
-            flags.append((field.name, told, dataclasses.field(default=value)))
+            flags.append((field.name, told, value))
         return flags
 
     flags = take(config.__dict__.get("__annotations__", ()))

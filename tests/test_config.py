@@ -48,8 +48,9 @@ def test_help_has_a_section_for_each_group_with_its_flags(capsys):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_survives_plain_types_and_flags(preset, monkeypatch):
-    config = TrainConfig(**preset_values(preset))
+def test_a_preset_survives_plain_types_and_flags(preset):
+    model = dict(source="a", format="b", sha256="c", variance_type="d", unet={}, scheduler=None)
+    config = TrainConfig(**preset_values(preset), pretrained=model)
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert all(getattr(config, name) == value for name, value in PRESETS[preset].items())
     parsed = parse_flags(TrainConfig, ["--lr", "0.5", "--flip"], prog="p", description="",
