@@ -39,7 +39,8 @@ from robustdm.host import keep_freed_memory
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.metrics import FeatureStatistics
 from robustdm.models import build_model
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 SCHEMA = "robustdm-evaluation-1"
 TARGET_S = 120.0

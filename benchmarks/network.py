@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from robustdm import ops
 from robustdm.models import build_model
 from robustdm.ops import stream
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 RATE = 0.1  # dropout
 GROUPS = 32

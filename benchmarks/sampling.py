@@ -31,7 +31,8 @@ from robustdm.method.sampling import sample, stream_noise, timesteps
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import build_model
 from robustdm.models.inference import fast_network
-from robustdm.runs.config import PRESETS, TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import PRESETS, preset_values
 
 SCHEMA = "robustdm-sampling-1"
 SAMPLERS = ("ddim", "ddpm")

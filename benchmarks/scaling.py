@@ -32,7 +32,8 @@ from robustdm.data import batches
 from robustdm.distributed import ALONE, Ranks, join
 from robustdm.errors import RunError
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.training.trainer import WISHES, Trainer
 
 SCHEMA = "robustdm-scaling-1"

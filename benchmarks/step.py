@@ -42,7 +42,8 @@ from robustdm.method.objectives import Objective
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.models import build_model
 from robustdm.models.fuse import FusedResnetBlock2D, PaddedConv2d, unfuse
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.training.optimizer import SkippingAdamW
 from robustdm.training.trainer import Trainer
 

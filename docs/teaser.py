@@ -20,7 +20,8 @@ from robustdm.data import load_data
 from robustdm.errors import UsageError
 from robustdm.reporting.images import grid
 from robustdm.reporting.run_page import REDUCED_CONTRAST
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 COLUMNS, SCALE, GAP, LABELS = 11, 8, 4, 156  # pictures; pixels
 

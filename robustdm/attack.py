@@ -15,12 +15,13 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
+from robustdm.flags import ChainFlags, ComputeFlags, FeatureFlags, parse_flags
 
 _CHECKED_STEPS = 8
 
 
-@dataclass(frozen=True)
-class AttackConfig:
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(ComputeFlags, FeatureFlags, ChainFlags):
     """Which runs to attack, how, and what to measure."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -47,33 +48,10 @@ class AttackConfig:
     what resists only because it shrinks, a plain DDPM can have without training."""
     num: int = 256
     """Samples per run and attack."""
-    steps: int | None = None
-    """Timesteps of the sampler; all if not given."""
-    spacing: Literal["linspace", "leading", "trailing", "truncate"] = "linspace"
-    """Which ones."""
     variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
     """Noise of a step, and the size of the attack."""
-    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
-                      "dinov2"] = "auto"
-    """Feature space of the metrics: auto is the digits' classifier for 8x8 grey images, else
-    pixels."""
-    weights: Path | None = None
-    """Weights of the feature extractor."""
-    quantise: bool | None = None
-    """Round samples to 8 bits before the features; by default all but pixels and digits do."""
-    ema: float | None = None
-    """Decay rate of the averaged weights to use."""
-    batch_size: int | None = None
-    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
-    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
     seed: int = 0
     """Of the samples and the attacks: every attack starts from the same noise."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network."""
-    compile: bool = False
-    """Compile the network, its gradient included."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     out: Path = Path("runs/attack")
     """Folder for attack.json, attack.html and attack.png."""
 
@@ -85,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: for a wrong flag or run.
         RunError: if sampling fails.
     """
-    attack(tyro.cli(
-        AttackConfig, args=argv, prog="python -m robustdm.attack",
+    attack(parse_flags(
+        AttackConfig, argv, prog="python -m robustdm.attack",
         description="Attack the sampling trajectories of trained runs.",
     ))
 

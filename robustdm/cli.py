@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robustdm.errors import PeerError, RobustDMError, UsageError
+from robustdm.flags import parse_flags
 from robustdm.host import keep_freed_memory
-from robustdm.runs.config import TrainConfig, load_yaml, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.fields import load_yaml
+from robustdm.runs.presets import preset_values
 
 
 def on_main_rank() -> bool:
@@ -58,6 +61,11 @@ def read_yaml(path: Path) -> dict:
     return values
 
 
+def _flags_over(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    return parse_flags(TrainConfig, argv, default=config, prog="python -m robustdm.train",
+                       description="Train a diffusion model that survives noisy data.")
+
+
 _UNTOLD = {"resolution": "the size of its images", "schedule": "its noise schedule"}
 
 
@@ -71,8 +79,6 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         UsageError: for an unknown preset, field or value in preset and file.
         SystemExit: from the flag parser, with code 2.
     """
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
@@ -110,13 +116,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         values = {**preset_values(str(name)), **file, "preset": name, "config": known.config}
     base = TrainConfig.from_dict(values, str(known.config or "configuration"))
 
-    def parse(default: TrainConfig) -> TrainConfig:
-        return tyro.cli(
-            TrainConfig, args=argv, default=default, prog="python -m robustdm.train",
-            description="Train a diffusion model that survives noisy data.",
-        )
-
-    config = parse(base)
+    config = _flags_over(base, argv)
     if config.preset == "finetune" and config.init_from is None:
         raise UsageError("preset is 'finetune': name the model to start from with --init-from, a "
                          "diffusers directory, a name on the Hub, a run or an improved-diffusion "
@@ -127,7 +127,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
 
     settled = settle(config)
     # Again, over the model's values: so far, preset and flags were one.
-    config = parse(TrainConfig.from_dict({**settled.to_dict(), **file}, str(known.config)))
+    config = _flags_over(
+        TrainConfig.from_dict({**settled.to_dict(), **file}, str(known.config)), argv)
     check_settled(config, settled)
     given = {*file, *preset_values(str(name)), *(k for k in _UNTOLD if getattr(known, k))}
     for field in untold(settled):

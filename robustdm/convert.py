@@ -14,7 +14,7 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import RunError, UsageError
-from robustdm.runs.config import LARGEST
+from robustdm.runs.groups import MOST_TIMESTEPS
 
 TOLERANCE = 1e-4
 """Largest relative difference between the outputs of two formats that rounding explains."""
@@ -78,9 +78,9 @@ def convert(config: ConvertConfig) -> float | None:
         raise UsageError(f"out is {str(config.out)!r}: name a directory (a diffusers pipeline) or "
                          "a file ending in .pt (improved-diffusion)")
 
-    if config.timesteps is not None and not 1 <= config.timesteps <= LARGEST["timesteps"]:
+    if config.timesteps is not None and not 1 <= config.timesteps <= MOST_TIMESTEPS:
         raise UsageError(f"timesteps is {config.timesteps}: it must be from 1 to "
-                         f"{LARGEST['timesteps']}")
+                         f"{MOST_TIMESTEPS}")
 
     from safetensors import SafetensorError
 

@@ -7,17 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
+from robustdm.flags import ComputeFlags, FeatureFlags, SamplingFlags, parse_flags
 
 GRID_SAMPLES = 64
 NEIGHBOUR_ROWS = 8
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ComputeFlags, SamplingFlags, FeatureFlags):
     """What to measure, against what, and how."""
 
     run: Path | None = None
@@ -35,37 +35,10 @@ class EvaluateConfig:
     """What to measure; manifold is precision, recall, density and coverage."""
     allow_pickle: bool = False
     """pipeline: read pickle files (.bin) too; tensors only, no code is run."""
-    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
-                      "dinov2"] = "auto"
-    """Feature space: auto is the digits' classifier for 8x8 grey images, else pixels."""
-    weights: Path | None = None
-    """Weights of the feature extractor (resnet20, resnet56, inception)."""
-    quantise: bool | None = None
-    """Round samples to 8 bits before the features; by default all but pixels and digits do."""
     save_reference: Path | None = None
     """Write the reference's Frechet statistics to this .npz, in EDM's form."""
     num: int = 1000
     """Samples to make, and with --samples the most to read."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm is ancestral sampling."""
-    steps: int | None = None
-    """Timesteps to visit; all if not given."""
-    spacing: Literal["linspace", "leading", "trailing", "truncate"] = "linspace"
-    """Which timesteps; truncate puts pure noise in the middle of the chain."""
-    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
-    """ddpm: noise of a step."""
-    eta: float = 0.0
-    """ddim: noise of a step."""
-    baseline: Literal["none", "shrink", "early_stop", "blur"] = "none"
-    """What is done to a plain DDPM against noise: denoise as if there were more noise, end the
-    chain at the corruption's strength, or blur the samples."""
-    baseline_strength: float | None = None
-    """shrink: the lam to imitate (0.3); early_stop: the corruption's standard deviation (the run's
-    own); blur: standard deviation in pixels (0.5)."""
-    baseline_shape: tuple[float, float] | None = None
-    """shrink: omega and gamma of the regulariser to imitate (2 and 8/255)."""
-    ema: float | None = None
-    """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest sound one if not given."""
     batch_size: int | None = None
@@ -73,14 +46,6 @@ class EvaluateConfig:
     3x32x32, and of others as many as hold as many numbers, from 16 to 2048. Also images of
     --samples and of the reference whose features are computed at once: at most, and if not given,
     256."""
-    seed: int = 0
-    """Sample k of a seed is the same whatever --num and --batch-size."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the sampling network."""
-    compile: bool = False
-    """Compile the sampling network."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Folder for evaluation.json and evaluation.html; RUN/evaluation, or runs/evaluation."""
 
@@ -92,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: for a wrong flag, source or reference.
         RunError: if sampling fails or weights are out of reach.
     """
-    import tyro
-
-    evaluate(tyro.cli(
-        EvaluateConfig, args=argv, prog="python -m robustdm.evaluate",
+    evaluate(parse_flags(
+        EvaluateConfig, argv, prog="python -m robustdm.evaluate",
         description="Measure samples against clean data.",
     ))
 

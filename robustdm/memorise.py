@@ -15,12 +15,13 @@ from typing import Literal
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
+from robustdm.flags import DrawFlags, ExtractorFlags, parse_flags
 
 PAIRS = 16
 
 
 @dataclass(frozen=True)
-class MemoriseConfig:
+class MemoriseConfig(DrawFlags, ExtractorFlags):
     """Whose samples to compare with which training images."""
 
     run: Path | None = None
@@ -33,29 +34,14 @@ class MemoriseConfig:
     """Images of the same kind that were not trained on; the run's held-out part if not given."""
     blur: float = 0.5
     """Standard deviation in pixels of the blur of the second control."""
-    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
-                      "dinov2"] = "auto"
-    """Feature space (the paper: dinov2); auto is the digits' classifier for 8x8 grey images, else
-    pixels."""
-    weights: Path | None = None
-    """Weights of the feature extractor."""
     num: int = 1000
     """Samples to make, or at most to read."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
     """ddpm is ancestral sampling."""
     steps: int | None = None
     """Timesteps to visit; all if not given."""
-    ema: float | None = None
-    """Decay rate of the averaged weights to use."""
     checkpoint: int | None = None
     """Step of the checkpoint to use."""
-    batch_size: int | None = None
-    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
-    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
-    seed: int = 0
-    """Of the samples."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     out: Path | None = None
     """Folder for memorise.json and memorise.html; RUN/memorise, or runs/memorise."""
 
@@ -67,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: for a wrong flag, source or training set.
         RunError: if sampling fails or weights are out of reach.
     """
-    import tyro
-
-    memorise(tyro.cli(
-        MemoriseConfig, args=argv, prog="python -m robustdm.memorise",
+    memorise(parse_flags(
+        MemoriseConfig, argv, prog="python -m robustdm.memorise",
         description="How near are samples to single training images?",
     ))
 

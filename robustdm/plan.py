@@ -175,7 +175,8 @@ def _signal(config: PlanConfig):
                              "estimate; give --sigma, or data of your own as --data")
     else:
         from robustdm.data import load_data
-        from robustdm.runs.config import TrainConfig, preset_values
+        from robustdm.runs.config import TrainConfig
+        from robustdm.runs.presets import preset_values
 
         fields = preset_values("folder") | dict(
             data_dir=config.data, resolution=config.resolution, corrupt_fraction=0.0, holdout=0.0)

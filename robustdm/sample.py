@@ -7,17 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from robustdm.cli import guard
 from robustdm.errors import RunError, UsageError
+from robustdm.flags import ComputeFlags, SamplingFlags, parse_flags
 
 GRID_SAMPLES = 64
 RECORD = "sample.json"
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(ComputeFlags, SamplingFlags):
     """What to generate, how, and where to put it."""
 
     run: Path
@@ -26,39 +26,8 @@ class SampleConfig:
     """Folder for the samples; RUN/generated if not given."""
     num: int = 64
     """How many samples."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm is ancestral sampling."""
-    steps: int | None = None
-    """Timesteps to visit; all if not given."""
-    spacing: Literal["linspace", "leading", "trailing", "truncate"] = "linspace"
-    """Which timesteps, as named in diffusers; truncate visits the cleanest only."""
-    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
-    """ddpm: noise of a step, beta or the posterior variance."""
-    eta: float = 0.0
-    """ddim: noise of a step, 0 (none) to 1."""
-    baseline: Literal["none", "shrink", "early_stop", "blur"] = "none"
-    """For a plain DDPM trained on noisy data: denoise as if there were more noise, end the chain at
-    the corruption's strength, or blur the samples. Costs no training."""
-    baseline_strength: float | None = None
-    """shrink: the lam of robust training to imitate (0.3); early_stop: the corruption's standard
-    deviation (the run's own); blur: standard deviation in pixels (0.5)."""
-    baseline_shape: tuple[float, float] | None = None
-    """shrink: omega and gamma of robust training to imitate (2 and 8/255)."""
-    ema: float | None = None
-    """Decay rate of the averaged weights to use; the first of the run's if not given."""
     checkpoint: int | None = None
     """Step of the checkpoint to use; the newest sound one if not given."""
-    batch_size: int | None = None
-    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
-    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
-    seed: int = 0
-    """Sample k of a seed is the same whatever --num and --batch-size."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 rounds weights and activations: faster, and samples change a little."""
-    compile: bool = False
-    """Compile the network with torch.compile; falls back to eager where that cannot work."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False
     """Replace the samples that an earlier call wrote to --out."""
 
@@ -70,10 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: for a wrong flag, run or folder.
         RunError: if sampling or writing fails.
     """
-    import tyro
-
-    config = tyro.cli(
-        SampleConfig, args=argv, prog="python -m robustdm.sample",
+    config = parse_flags(
+        SampleConfig, argv, prog="python -m robustdm.sample",
         description="Generate samples from a trained run.",
     )
     generate(config)

@@ -11,10 +11,11 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
+from robustdm.flags import ComputeFlags, FeatureFlags, parse_flags
 
 
 @dataclass(frozen=True)
-class StepsConfig:
+class StepsConfig(ComputeFlags, FeatureFlags):
     """Which runs, with how many steps, and what to measure."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -30,27 +31,6 @@ class StepsConfig:
     """ddpm: noise of a step."""
     num: int = 1000
     """Samples per run and sampler."""
-    features: Literal["auto", "pixels", "digits", "resnet20", "resnet56", "inception",
-                      "dinov2"] = "auto"
-    """Feature space of the metrics: auto is the digits' classifier for 8x8 grey images, else
-    pixels."""
-    weights: Path | None = None
-    """Weights of the feature extractor."""
-    quantise: bool | None = None
-    """Round samples to 8 bits before the features; by default all but pixels and digits do."""
-    ema: float | None = None
-    """Decay rate of the averaged weights to use."""
-    batch_size: int | None = None
-    """Samples computed at once: speed and memory, not the samples. If not given: 128 images of
-    3x32x32, and of others as many as hold as many numbers, from 16 to 2048."""
-    seed: int = 0
-    """Of the samples: all start from the same noise."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network."""
-    compile: bool = False
-    """Compile the network."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     out: Path = Path("runs/steps")
     """Folder for steps.json, steps.html and steps.png."""
 
@@ -62,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: for a wrong flag or run.
         RunError: if sampling fails.
     """
-    measure_steps(tyro.cli(
-        StepsConfig, args=argv, prog="python -m robustdm.steps",
+    measure_steps(parse_flags(
+        StepsConfig, argv, prog="python -m robustdm.steps",
         description="Distance to the clean data against the number of sampling steps.",
     ))
 

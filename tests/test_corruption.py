@@ -15,7 +15,8 @@ from robustdm.data.corruption import Jpeg, MissingPixels, Outliers, SaltAndPeppe
 from robustdm.data.images import ImageFiles
 from robustdm.errors import UsageError
 from robustdm.ops.stream import LAYOUT_VERSION, Stream, philox_int
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 SIDE = 16
 IMAGES = np.random.default_rng(0).integers(0, 256, (24, SIDE, SIDE, 3), dtype=np.uint8)

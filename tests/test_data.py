@@ -13,7 +13,8 @@ from robustdm.data.subspace import principal_components
 from robustdm.errors import UsageError
 from robustdm.ops import stream
 from robustdm.ops.stream import shuffled
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 
 def config(preset="digits", **values):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from robustdm.data import load_data
 from robustdm.errors import UsageError
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 PER_BATCH = 4
 IMAGES = np.random.default_rng(0).integers(0, 256, (5 * PER_BATCH, 3, 32, 32), dtype=np.uint8)

@@ -27,7 +27,8 @@ from robustdm.data.read import read_images
 from robustdm.data.workers import Collate
 from robustdm.errors import RunError, UsageError
 from robustdm.metrics import FeatureStatistics
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 SIDE = 8
 

@@ -23,7 +23,8 @@ from robustdm.data.images import ImageFiles
 from robustdm.data.read import read_images
 from robustdm.errors import RunError, UsageError
 from robustdm.ops.stream import shuffled
-from robustdm.runs.config import PRESETS, TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import PRESETS, preset_values
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)

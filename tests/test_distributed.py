@@ -23,7 +23,8 @@ from robustdm.data.streamed import StreamedImages
 from robustdm.distributed import ALONE, Ranks, _meet, bits, join
 from robustdm.errors import RunError, UsageError
 from robustdm.runs.checkpoint import CheckpointError, list_checkpoints, load_newest
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.runs.rundir import RunDir
 from robustdm.training import loop, trainer
 from robustdm.training.loop import train

@@ -16,7 +16,8 @@ from robustdm.models.fuse import FusedResnetBlock2D
 from robustdm.models.load_run import load_run
 from robustdm.models.mlp import PointMLP
 from robustdm.runs.checkpoint import load_newest
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.train import main
 from robustdm.training.memory import estimate_bytes
 from robustdm.training.optimizer import EMA

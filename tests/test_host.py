@@ -10,7 +10,8 @@ import torch
 from robustdm import UsageError, host
 from robustdm.models import PointMLP
 from robustdm.models.inference import fast_network
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.runs.rundir import read_config
 from robustdm.training.loop import train
 from robustdm.training.trainer import Trainer

@@ -503,7 +503,7 @@ def test_a_learned_variance_is_kept_and_not_trained(tmp_path):
 
 
 def test_from_a_run_on_points(tmp_path):
-    from robustdm.runs.config import preset_values
+    from robustdm.runs.presets import preset_values
 
     first = TrainConfig(**(preset_values("plane") | TINY | dict(
         num_points=200, steps=1, mlp_width=24, timesteps=60, out=tmp_path / "first")))

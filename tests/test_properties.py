@@ -33,7 +33,9 @@ from robustdm.method.draws import draw_samples
 from robustdm.models import improved, pretrained
 from robustdm.ops import reference
 from robustdm.runs import checkpoint
-from robustdm.runs.config import PRESETS, TrainConfig, load_yaml, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.fields import load_yaml
+from robustdm.runs.presets import PRESETS, preset_values
 from tests.conftest import HAS_GPU, TOLERANCE, relative_error
 from tests.faults.deadly import kill_after_bytes
 

@@ -20,8 +20,9 @@ from robustdm.method.schedule import NoiseSchedule
 from robustdm.reporting import plots, run_page
 from robustdm.reporting.run_page import measure_columns, write_report
 from robustdm.runs import rundir
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
 from robustdm.runs.files import read_metrics, read_run
+from robustdm.runs.presets import preset_values
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

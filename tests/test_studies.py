@@ -21,7 +21,8 @@ from robustdm.method.baselines import blur
 from robustdm.models import PointMLP
 from robustdm.reporting.tables import text_table
 from robustdm.reproduce import STUDIES, main
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import (
     approximations,
     denoising,

@@ -26,7 +26,8 @@ from robustdm.method.gradients import GradientStep
 from robustdm.models.load_run import load_run
 from robustdm.models.mlp import PointMLP
 from robustdm.runs.checkpoint import list_checkpoints, load_newest, save_checkpoint, verify
-from robustdm.runs.config import PRESETS, TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import PRESETS, preset_values
 from robustdm.train import main
 from robustdm.training import loop
 from robustdm.training.loop import train

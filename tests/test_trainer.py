@@ -17,7 +17,8 @@ from robustdm.data import base, batches
 from robustdm.models.build import set_attention
 from robustdm.models.compilation import compile_network, compile_step
 from robustdm.runs.checkpoint import Checkpoint
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.training import trainer as module
 from robustdm.training.cuda_graph import StepGraph
 from robustdm.training.trainer import Trainer

@@ -14,7 +14,8 @@ import tyro
 
 from robustdm.cli import guard
 from robustdm.errors import UsageError
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 # Images that mean and deviation are taken over, drawn at random; more of them change no digit.
 _SAMPLE = 4096

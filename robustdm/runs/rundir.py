@@ -30,7 +30,8 @@ import yaml
 
 import robustdm
 from robustdm.errors import RunError, UsageError
-from robustdm.runs.config import TrainConfig, load_yaml
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.fields import load_yaml
 
 CONFIG, RUN, METRICS, LOCK = "config.yaml", "run.json", "metrics.jsonl", "run.lock"
 

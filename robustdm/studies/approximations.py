@@ -29,7 +29,8 @@ from robustdm.metrics import frechet_distance
 from robustdm.models.load_run import objective_of, schedule_of
 from robustdm.reporting import plots
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import subspace
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (

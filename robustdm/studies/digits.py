@@ -14,7 +14,8 @@ import torch
 from robustdm.data import load_data
 from robustdm.reporting import images, plots
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import subspace, tradeoff
 from robustdm.studies.claims import EFFECT, Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (

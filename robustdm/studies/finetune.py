@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from robustdm.data import load_data
 from robustdm.method.baselines import Baseline
 from robustdm.reporting import plots
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies.approximations import units
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.denoising import sheet

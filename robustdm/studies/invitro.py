@@ -18,7 +18,8 @@ from robustdm.method.sampling import sample
 from robustdm.models.load_run import schedule_of
 from robustdm.reporting import plots
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import subspace
 from robustdm.studies.claims import Claim, by_seed, ratio_claim
 from robustdm.studies.runner import (

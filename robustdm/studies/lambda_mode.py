@@ -13,7 +13,8 @@ from pathlib import Path
 
 from robustdm.data import Corruption, SubspaceData, load_data
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import digits, invitro, subspace
 from robustdm.studies.claims import Claim, Spread
 from robustdm.studies.runner import Arm, run_arms, summarise, write_results

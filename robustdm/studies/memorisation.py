@@ -15,7 +15,7 @@ from robustdm.evaluation.measure import features_of
 from robustdm.method.baselines import DEFAULT_STRENGTH, blur
 from robustdm.metrics import nearest, nearness
 from robustdm.reporting import plots
-from robustdm.runs.config import preset_values
+from robustdm.runs.presets import preset_values
 from robustdm.studies.claims import EFFECT, Claim, by_seed, judge, ratio_claim, untested
 from robustdm.studies.page import write_page
 from robustdm.studies.runner import load_samples, summarise

@@ -13,7 +13,8 @@ import torch
 from robustdm.data import Data, load_data
 from robustdm.errors import UsageError
 from robustdm.metrics import noise_level
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import subspace
 from robustdm.studies.runner import (
     SHRUNK_LAM,

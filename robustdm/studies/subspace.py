@@ -14,7 +14,8 @@ from pathlib import Path
 from robustdm.data import Corruption, SubspaceData
 from robustdm.reporting import plots
 from robustdm.reporting.tables import text_table
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.studies import tradeoff
 from robustdm.studies.claims import Claim, by_seed, judge, ratio_claim
 from robustdm.studies.runner import (

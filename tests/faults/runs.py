@@ -22,7 +22,8 @@ from PIL import Image
 
 from robustdm.cli import guard
 from robustdm.runs.checkpoint import list_checkpoints, load_newest, verify
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 from robustdm.runs.rundir import read_metrics, write_text
 from robustdm.training import loop, outputs
 

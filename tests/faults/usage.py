@@ -40,7 +40,8 @@ from robustdm.method import sampling
 from robustdm.method.baselines import Baseline
 from robustdm.method.trajectory_attack import TrajectoryAttack, attacked_steps
 from robustdm.reporting import images
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
+from robustdm.runs.presets import preset_values
 
 from .campaign import Found, Trial
 from .runs import call, reference

@@ -27,8 +27,9 @@ from robustdm.models import build_model, pretrained
 from robustdm.models.load_run import load_run
 from robustdm.reporting import run_page
 from robustdm.runs import checkpoint, rundir
-from robustdm.runs.config import TrainConfig, preset_values
+from robustdm.runs.config import TrainConfig
 from robustdm.runs.files import column, read_run
+from robustdm.runs.presets import preset_values
 from robustdm.training.trainer import Trainer
 
 
@@ -310,9 +311,9 @@ class Run(Target):
     """The directory of a run, read to sample from it and to start from it."""
 
     name = "run"
-    modules = ("robustdm/models/load_run.py", "robustdm/runs/config.py",
-               "robustdm/models/pretrained.py", "robustdm/runs/rundir.py",
-               "robustdm/models/build.py")
+    modules = ("robustdm/models/load_run.py", "robustdm/runs/fields.py",
+               "robustdm/runs/groups.py", "robustdm/models/pretrained.py",
+               "robustdm/runs/rundir.py", "robustdm/models/build.py")
     slots = ("config.yaml", "state.json", "ema_0.995.safetensors")
 
     @cached_property
@@ -384,7 +385,7 @@ class Config(Target):
     """A YAML file of a configuration."""
 
     name = "config"
-    modules = ("robustdm/runs/config.py", "robustdm/cli.py")
+    modules = ("robustdm/runs/fields.py", "robustdm/runs/groups.py", "robustdm/cli.py")
     slots = ("config.yaml",)
 
     @cached_property
