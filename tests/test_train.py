@@ -29,7 +29,7 @@ from robustdm.runs.checkpoint import list_checkpoints, load_newest, save_checkpo
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.presets import PRESETS, preset_values
 from robustdm.train import main
-from robustdm.training import loop
+from robustdm.training import loop, outputs
 from robustdm.training.loop import train
 from robustdm.training.memory import (
     available_bytes,
@@ -751,14 +751,14 @@ def test_clean_images_are_warned_of(tmp_path):
 
 def test_a_full_disk_costs_previews_and_the_report_not_the_run(tmp_path, monkeypatch):
     config = points(tmp_path, steps=6, sample_every=2)
-    written = loop.write_bytes
+    written = outputs.write_bytes
 
     def full(path, content):
         if path.suffix == ".npz":
             raise RunError(f"{path} was not written: No space left on device")
         written(path, content)
 
-    monkeypatch.setattr(loop, "write_bytes", full)
+    monkeypatch.setattr(outputs, "write_bytes", full)
     with pytest.raises(RunError, match="step 6 is saved, but final.npz could not be written"):
         quiet(config)
     assert load_newest(config.out / "checkpoints").step == 6
