@@ -19,6 +19,7 @@ _HOMES = {
     "fuse": "robustdm.models.fuse",
     "unfuse": "robustdm.models.fuse",
     "TrainConfig": "robustdm.runs.config",
+    "CleanPipeline": "robustdm.models.clean_pipeline",
     "load_run": "robustdm.models.load_run",
     "load_data": "robustdm.data",
     "RobustDMError": "robustdm.errors",

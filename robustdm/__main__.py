@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train or fine-tune a diffusion model",
     "sample": "draw samples from a run",
     "data": "look at a data set before training on it",
+    "diagnose": "say what noise is in a data set, and what to do",
     "plan": "choose settings from what is known of the data",
     "evaluate": "measure samples against clean data",
     "memorise": "look for training items among the samples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict:
 def _evaluate(config: EvaluateConfig, ranks) -> dict:
     import torch
 
+    from robustdm.data.noise import noise_of_run
     from robustdm.data.read import read_images
     from robustdm.device import resolve_device
     from robustdm.evaluation import measure
@@ -124,9 +126,10 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         if generator is None and config.baseline != "none":
             raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample "
                              "from; give --run or --pipeline")
-        corruption = getattr(getattr(generator, "data", None), "corruption", None)
-        baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape,
-                              getattr(corruption, "sigma", None))
+        noise = None
+        if config.run is not None:
+            noise = functools.partial(noise_of_run, config.run, generator.data)
+        baseline = from_flags(config, noise, getattr(generator, "objective", None))
     if generator is not None:
         ranks.same_weights("the bits of the weights", generator.model.parameters())
         shape = generator.shape

@@ -40,14 +40,20 @@ class SamplingFlags(ChainFlags):
     """ddpm is ancestral sampling."""
     eta: float = 0.0
     """ddim: noise of a step, 0 (none) to 1."""
-    baseline: Literal["none", "shrink", "early_stop", "blur"] = "none"
-    """For a plain DDPM trained on noisy data: denoise as if there were more noise, end the chain at
-    the corruption's strength, or blur the samples. Costs no training."""
+    baseline: Literal["none", "known", "shrink", "blur"] = "none"
+    """For a plain DDPM trained on noisy data. known: end the chain at the noise of the data, and
+    predict clean data there; shrink: denoise as if there were more noise; blur: blur the samples.
+    Costs no training."""
     baseline_strength: float | None = None
-    """shrink: the lam of robust training to imitate (0.3); early_stop: the corruption's standard
-    deviation (the run's own); blur: standard deviation in pixels (0.5)."""
+    """known: standard deviation of the noise, root mean square over all training items (measured);
+    shrink: the lam of robust training to imitate (0.3); blur: standard deviation in pixels
+    (0.5)."""
     baseline_shape: tuple[float, float] | None = None
     """shrink: omega and gamma of robust training to imitate (2 and 8/255)."""
+    baseline_stop: float | None = None
+    """known: where the chain ends, in units of the strength (1); less keeps more detail."""
+    baseline_safety: float | None = None
+    """known: share of the strength to correct for (0.9)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ def generate(config: SampleConfig) -> Path:
 def _generate(config: SampleConfig, ranks) -> Path:
     import torch
 
+    from robustdm.data.noise import noise_of_run
     from robustdm.device import resolve_device
     from robustdm.method.baselines import from_flags
     from robustdm.method.sampling import (
@@ -97,11 +98,11 @@ def _generate(config: SampleConfig, ranks) -> Path:
     settings = dict(num=config.num, sampler=config.sampler, steps=config.steps,
                     spacing=config.spacing, variance=config.variance, eta=config.eta,
                     batch_size=batch_size)
-    noisy = run.is_image and run.config.corrupt_fraction and run.config.corrupt_kind == "gaussian"
-    known = run.config.corrupt_sigma if noisy else None
-    baseline = from_flags(config.baseline, config.baseline_strength, config.baseline_shape, known)
+    with ranks.together():
+        baseline = from_flags(config, lambda: noise_of_run(config.run),
+                              run.config.objective)
     if baseline is not None:
-        settings["stop"] = baseline.stop
+        settings |= baseline.settings
         baseline.finish(torch.zeros(1, *run.shape))  # blurs no points: say so now
     check_settings(run.schedule, **settings)
     steps = len(timesteps(run.schedule, config.steps, config.spacing, settings.get("stop", 0.0)))

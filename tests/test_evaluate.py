@@ -26,7 +26,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8))
+    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8), objective="ddpm")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_baselines_change_the_samples_of_a_run(digits_run, tmp_path):
         return record["results"]["deviation"]["value"], record["name"]
 
     plain, _ = recall()
-    found = {name: recall("--baseline", name) for name in ("shrink", "early_stop", "blur")}
+    found = {name: recall("--baseline", name) for name in ("shrink", "known", "blur")}
     assert all(value != plain and label.endswith(name) for name, (value, label) in found.items())
     assert found["blur"][0] < plain
     assert recall("--baseline", "blur", "--baseline-strength", "1")[0] < found["blur"][0]
@@ -368,7 +368,6 @@ def test_bad_input_is_named(digits_run, plane_run, digits_npz, tmp_path):
     bad(evaluate, "baseline_strength is -1", "--run", digits_run, "--baseline", "blur",
         "--baseline-strength", -1)
     bad(evaluate, "only images can be blurred", "--run", plane_run, "--baseline", "blur")
-    bad(evaluate, "how strong the corruption is", "--run", plane_run, "--baseline", "early_stop")
     bad(evaluate, "save_reference is", "--samples", clean, "--reference", clean, "--features",
         "pixels", "--save-reference", tmp_path / "no" / "x.npz")
     bad(attack, "runs is empty")

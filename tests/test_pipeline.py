@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+import robustdm
 from robustdm.errors import UsageError
+from robustdm.method.baselines import Baseline
 from robustdm.method.sampling import sample, stream_noise
 from robustdm.method.schedule import NoiseSchedule
 from robustdm.models.pipeline import save_pipeline, scheduler_config
 
 diffusers = pytest.importorskip("diffusers")
+CleanPipeline = robustdm.CleanPipeline
 
 
 def make_unet(channels=1):
@@ -123,3 +126,75 @@ def test_an_interrupted_export_leaves_the_old_pipeline(tmp_path, monkeypatch):
 def test_other_networks_are_refused(tmp_path):
     with pytest.raises(UsageError, match="Linear"):
         save_pipeline(torch.nn.Linear(2, 2), NoiseSchedule.linear(10), tmp_path, clip_sample=False)
+
+
+# The pipeline that corrects its last step.
+
+
+class Linear(diffusers.UNet2DModel):
+    """The optimum for Gaussian images of variance V: the chain is linear in its noise."""
+
+    VARIANCE = 0.09
+
+    def forward(self, x, t, **_):
+        abar = NoiseSchedule.linear(1000).alphas_cumprod[int(t)].item()
+        eps = (1 - abar) ** 0.5 * x / (abar * self.VARIANCE + 1 - abar)
+        return type("Out", (), {"sample": eps})()
+
+
+def linear_unet():
+    return Linear(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+                  block_out_channels=(8,), norm_num_groups=8, down_block_types=("DownBlock2D",),
+                  up_block_types=("UpBlock2D",))
+
+
+def draws(pipeline, steps=100, num=64):
+    made = pipeline(num, torch.Generator().manual_seed(0), steps, output_type="pt").images
+    return made * 2 - 1
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler",
+                                       "DPMSolverMultistepScheduler"])
+def test_the_noise_of_the_data_is_gone_whatever_the_sampler(scheduler):
+    """All variance is noise: nothing may be left of it."""
+    kept = diffusers.DDPMScheduler(1000, clip_sample=False, timestep_spacing="leading").config
+    made = getattr(diffusers, scheduler).from_config(kept)
+    plain = draws(diffusers.DDPMPipeline(linear_unet(), made))
+    assert plain.std() == pytest.approx(0.3, rel=0.15)
+    clean = draws(CleanPipeline(linear_unet(), made, data_noise=0.3, safety=1.0))
+    assert clean.std() < 1e-3
+    some = draws(CleanPipeline(linear_unet(), made, data_noise=0.3))
+    assert 0.02 < some.std() < 0.06, "a tenth of the strength is not corrected for: 1 - .9^2 of it"
+
+
+def test_three_lines_open_what_training_wrote(tmp_path):
+    schedule = NoiseSchedule.linear(1000)
+    save_pipeline(make_unet(), schedule, tmp_path, clip_sample=False, data_noise=0.19)
+    pipeline = robustdm.CleanPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.baseline == Baseline("known", 0.19)
+    x0 = draws(pipeline, 10, 2)
+    # The states until then are those of the plain pipeline.
+    pipeline.save_pretrained(tmp_path / "again")
+    again = CleanPipeline.from_pretrained(tmp_path / "again", stop=1.0)
+    assert torch.equal(draws(again, 10, 2), x0)
+    plain = diffusers.DDPMPipeline.from_pretrained(tmp_path / "again")
+    assert not torch.equal(draws(plain, 10, 2), x0)
+    assert torch.equal(draws(CleanPipeline(plain.unet, plain.scheduler), 10, 2),
+                       draws(plain, 10, 2)), "without noise it is a DDPMPipeline"
+    assert len(pipeline(2, num_inference_steps=3).images) == 2
+
+
+def test_what_a_pipeline_cannot_correct(tmp_path):
+    save_pipeline(make_unet(), NoiseSchedule.linear(1000), tmp_path, clip_sample=False)
+    with pytest.raises(UsageError, match="data_noise is not given, and .* has no noise.json"):
+        CleanPipeline.from_pretrained(tmp_path)
+    (tmp_path / "noise.json").write_text('{"rms": -1}')
+    with pytest.raises(UsageError, match="baseline_strength is -1"):
+        CleanPipeline.from_pretrained(tmp_path)
+    pipeline = CleanPipeline.from_pretrained(tmp_path, data_noise=500.0)
+    with pytest.raises(UsageError, match="data_noise is 500: no state"):
+        pipeline(1, num_inference_steps=4)
+    euler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(UsageError, match="scheduler is a EulerDiscreteScheduler"):
+        CleanPipeline(pipeline.unet, euler, data_noise=0.1)(1, num_inference_steps=4)

@@ -1,6 +1,7 @@
 """The entry point: what it writes, that the batch size does not matter, and one-line errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from robustdm.data.noise import noise_of_run
 from robustdm.method.baselines import Baseline, blur
 from robustdm.method.sampling import sample
 from robustdm.models.load_run import load_run
@@ -37,7 +39,7 @@ def make_run(directory, shape=(1, 8, 8), weights=None, **settings):
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8))
+    return make_run(tmp_path_factory.mktemp("digits"), block_channels=(8, 8), objective="ddpm")
 
 
 def call(run, out, *flags):
@@ -139,18 +141,46 @@ def test_baselines(digits_run, tmp_path):
         return sample(network, run.schedule, run.shape, num=3, steps=40, **settings).numpy()
 
     found = {name: call(digits_run, tmp_path / name, *common, "--baseline", name)
-             for name in ("shrink", "early_stop", "blur")}
+             for name in ("shrink", "known", "blur")}
     shrunk = Baseline("shrink", 0.3).network(run.model, run.schedule)
     scale = dict(rtol=0, atol=1e-4 * np.abs(plain).max())
     np.testing.assert_allclose(found["shrink"], expected(shrunk), **scale)
-    # A run knows how strong its corruption is.
-    np.testing.assert_allclose(found["early_stop"], expected(run.model, stop=0.2), **scale)
+    rms = noise_of_run(digits_run)
+    assert rms == pytest.approx(0.9**0.5 * 0.2, rel=0.08), "measured on the run's data"
+    corrected = expected(run.model, **Baseline("known", rms).settings)
+    np.testing.assert_allclose(found["known"], corrected, **scale)
     np.testing.assert_allclose(found["blur"], blur(torch.from_numpy(plain), 0.5).numpy(), **scale)
     record = json.loads((tmp_path / "blur/sample.json").read_text())
     assert record["baseline"] == "blur"
-    stronger = call(digits_run, tmp_path / "strong", *common, "--baseline", "early_stop",
-                    "--baseline-strength", 1.0)
-    assert not np.allclose(stronger, found["early_stop"])
+    less = call(digits_run, tmp_path / "less", *common, "--baseline", "known",
+                "--baseline-strength", 0.05)
+    assert not np.allclose(less, found["known"])
+
+
+def test_the_noise_of_a_run(digits_run, tmp_path, capsys):
+    """Measured by training and recorded; else measured now; else what the configuration says."""
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    known = ["--run", run, "--out", tmp_path / "out", "--num", 1, "--steps", 4,
+             "--baseline", "known"]
+    assert_one_line([*known, "--baseline-strength", 0.5], 2,
+                    "baseline_strength is 0.5: the data vary by no more than 0.1", capsys=capsys)
+    (run / "noise.json").write_text('{"kind": "gaussian", "rms": 0.6}')
+    assert noise_of_run(run) == 0.6
+    (run / "noise.json").write_text('{"kind": "clean", "rms": 0.001}')
+    assert_one_line(known, 2, "look clean", capsys=capsys)
+    (run / "noise.json").write_text("damaged")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    gone = config | {"data": "images", "data_dir": str(tmp_path / "gone")}
+    (run / "config.yaml").write_text(yaml.safe_dump(gone))
+    assert noise_of_run(run) == pytest.approx(0.9**0.5 * 0.2)
+    (run / "config.yaml").write_text(yaml.safe_dump(gone | {"corrupt_kind": "jpeg"}))
+    assert_one_line(known, 2, "data_dir is", capsys=capsys)
+
+
+def test_a_robust_run_gets_no_baseline_that_corrects(tmp_path, capsys):
+    run = make_run(tmp_path / "run", block_channels=(8, 8), objective="robust_adv")
+    assert_one_line(["--run", run, "--out", tmp_path / "out", "--baseline", "known"], 2,
+                    "trained with robust_adv, which removes noise itself", capsys=capsys)
 
 
 def test_runs_that_clip_are_clipped(tmp_path):

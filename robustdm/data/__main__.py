@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,10 @@ import tyro
 from robustdm.cli import guard
 from robustdm.errors import UsageError
 from robustdm.runs.config import TrainConfig
-from robustdm.runs.presets import preset_values
 
 # Images that mean and deviation are taken over, drawn at random; more of them change no digit.
 _SAMPLE = 4096
 _PAIRS = 32
-_LARGEST = 256
 _WARM_UP = 3
 
 
@@ -98,24 +96,14 @@ def look(config: DataConfig) -> dict:
         UsageError: for a wrong setting, or a path without images.
         RunError: if reading fails.
     """
-    from robustdm.data.images import image_data, open_images
+    from robustdm.data.images import image_set
     from robustdm.ops.stream import shuffled
 
     if config.seconds <= 0:
         raise UsageError(f"seconds is {config.seconds}: it must be positive")
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(DataConfig)}
-    values = {name: getattr(config, name) for name in shared} | dict(
-        data_dir=config.path, block_channels=(32,), holdout=0.0, max_bad=1.0,
-        resolution=32 if config.resolution is None else config.resolution)
-    train = TrainConfig(**preset_values("folder") | values)
-    path, images = open_images(train)
-    sizes = _sizes(images)
-    if config.resolution is None:
-        sides = Counter()
-        for size, count in sizes.items():
-            sides[config.crop or min(size)] += count
-        train = replace(train, resolution=min(_LARGEST, sides.most_common(1)[0][0]))
-    data = image_data(train, (path, images))
+    train, data, sizes = image_set(
+        {name: getattr(config, name) for name in shared} | {"data_dir": config.path})
     indices = shuffled(config.seed, 0, len(data))[:_SAMPLE]
     # In pieces: large pictures are decoded here, and thousands of them do not fit.
     count, sums, squares = 0, 0.0, 0.0
@@ -148,14 +136,6 @@ def look(config: DataConfig) -> dict:
         print(f"loader        {found['img_per_s']:,.0f} img/s in batches of {config.batch_size}, "
               f"{_how(data, config)}")
     return found
-
-
-def _sizes(images) -> Counter:
-    """How many images there are of each (width, height) as stored."""
-    if hasattr(images, "shape"):
-        count, _, height, width = images.shape
-        return Counter({(width, height): count})
-    return getattr(images, "pictures", images).sizes
 
 
 def _sizes_text(sizes: Counter) -> str:

@@ -4,6 +4,7 @@ training."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from robustdm.runs.config import TrainConfig
 
 _ARRAY_SUFFIXES = (".npy", ".npz")
+# Side of the images that are looked at, at most, unless another is asked for.
+_LARGEST = 256
 # Outliers to choose from: more of them say nothing new, and they are held in memory.
 _MAX_OUTLIERS = 16_384
 
@@ -198,6 +201,42 @@ def image_data(config: TrainConfig, opened: tuple | None = None) -> Data:
     data = ImageTensor(name, _decoded(config, path, images), corruption, **common)
     data.quarantine, data.note, data.files = images.quarantine, images.note, images.names
     return data
+
+
+def image_set(fields: dict) -> tuple[TrainConfig, Data, Counter]:
+    """A set of images to look at: all of it, whatever is broken, in the size that most of it has.
+
+    Args:
+        fields: of a configuration, data_dir among them; resolution None takes the smaller side of
+            most images, at most 256.
+
+    Returns:
+        The configuration it is read with, the set, and how many images there are of each (width,
+        height) as stored.
+
+    Raises:
+        UsageError: if there are no images, or a field is wrong.
+        RunError: if reading fails.
+    """
+    from robustdm.runs.config import TrainConfig
+    from robustdm.runs.presets import preset_values
+
+    resolution = fields.get("resolution")
+    config = TrainConfig(**preset_values("folder") | fields | dict(
+        block_channels=(32,), holdout=0.0, max_bad=1.0,
+        resolution=32 if resolution is None else resolution))
+    path, images = open_images(config)
+    if hasattr(images, "shape"):
+        count, _, height, width = images.shape
+        sizes = Counter({(width, height): count})
+    else:
+        sizes = getattr(images, "pictures", images).sizes
+    if resolution is None:
+        sides = Counter()
+        for size, count in sizes.items():
+            sides[config.crop or min(size)] += count
+        config = replace(config, resolution=min(_LARGEST, sides.most_common(1)[0][0]))
+    return config, image_data(config, (path, images)), sizes
 
 
 def images_for_subspace(config: TrainConfig) -> tuple[Tensor, list[tuple[str, str]]]:

@@ -37,11 +37,11 @@ def read_images(path: Path, name: str) -> Tensor:
     if not path.exists() and not is_hub(path):
         raise UsageError(f"{name} is {str(path)!r}, which does not exist: name a folder, zip, .npy "
                          "or .npz of images")
-    if path.is_dir() and (path / "samples.npz").is_file():
-        path = path / "samples.npz"
+    samples = written_samples(path)
+    if samples is not None:
+        return samples
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
-        samples = _unclipped(path)
-        return to_float(load_array(path)) if samples is None else samples
+        return to_float(load_array(path))
     images = load_cifar(path)
     if images is not None:
         return to_float(images)
@@ -68,8 +68,14 @@ def read_images(path: Path, name: str) -> Tensor:
     return to_float(decode_all(pictures, width, max_bad=0.0))
 
 
-def _unclipped(path: Path) -> Tensor | None:
-    """Samples as ``python -m robustdm.sample`` writes them, None if the file is another."""
+def written_samples(path: Path) -> Tensor | None:
+    """Samples, images or points, as ``python -m robustdm.sample`` writes them: its folder or its
+    .npz; None for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "samples.npz"
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return None
     try:
         with open_npz(path) as file:
             if file.files != ["samples"]:

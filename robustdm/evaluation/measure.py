@@ -62,7 +62,7 @@ class Generator:
         is_image: whether samples are images in [-1, 1].
         clip: whether predicted images are clipped while sampling.
         data: the run's training set, None for a pipeline.
-        seed: of its training, None if unknown.
+        seed, objective: of its training, None if unknown.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Generator:
     clip: bool
     data: Data | None
     seed: int | None
+    objective: str | None = None
 
 
 def open_run(directory: Path, device: torch.device | str, ema: float | None = None,
@@ -83,7 +84,7 @@ def open_run(directory: Path, device: torch.device | str, ema: float | None = No
     run = load_run(directory, ema, device, checkpoint)
     return Generator(str(directory), run.model, run.schedule, run.shape, run.is_image,
                      run.config.clip_samples and run.is_image, load_data(run.config),
-                     run.config.seed)
+                     run.config.seed, run.config.objective)
 
 
 def open_pipeline(
@@ -137,7 +138,7 @@ def generate(
     defaults = dict(sampler="ddpm", steps=None, spacing="linspace", variance="fixed_large", eta=0.0)
     settings = defaults | settings
     if baseline is not None:
-        settings["stop"] = baseline.stop
+        settings |= baseline.settings
         baseline.finish(torch.zeros(1, *generator.shape))
     batch_size = batch_or_default(batch_size, generator.shape)
     check_settings(generator.schedule, num=num, batch_size=batch_size, **settings)

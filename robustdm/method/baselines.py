@@ -1,12 +1,14 @@
 """What a plain DDPM can do against noise without being trained for it: the baselines of the method.
 
-All three cost no training. For Gaussian data ``shrink`` is the regularised optimum itself (see
-``planner``): where it does as well as a robust model, robust training has bought nothing.
+None costs training. ``known`` is exact for white Gaussian noise of known strength, which can be
+measured (`robustdm.metrics.noise`). For Gaussian data ``shrink`` is the regularised optimum itself
+(see ``planner``): where it does as well as a robust model, robust training has bought nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +22,11 @@ from robustdm.method.perturbation import Perturbation
 from robustdm.method.predict import predict_noise
 from robustdm.method.schedule import NoiseSchedule, expand
 
-Method = Literal["shrink", "early_stop", "blur"]
+Method = Literal["known", "shrink", "blur"]
 DEFAULT_SHAPE = (Perturbation().omega, Perturbation().gamma)
-DEFAULT_STRENGTH = {"shrink": Perturbation().lam, "early_stop": 0.2, "blur": 0.5}
+DEFAULT_STRENGTH = {"shrink": Perturbation().lam, "blur": 0.5}
+CLEAN = 0.03
+"""Noise that is not worth removing: clean photographs of 64x64 read as much."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,51 @@ class Baseline:
     """One baseline and how strong it is.
 
     Args:
-        method: "shrink" denoises as if the state carried noise of variance s^2 (1 + c_t), with the
-            c_t that robust_adv has in closed form; "early_stop" ends the chain where its noise has
-            the strength of the corruption, with the prediction of clean data; "blur" blurs samples
-            (images only).
-        strength: shrink: lam of the regulariser that is imitated. early_stop: standard deviation of
-            the corruption. blur: standard deviation in pixels. By default ``DEFAULT_STRENGTH``.
+        method: "known" ends the chain where its noise is about as strong as that of the training
+            data, and there predicts clean data instead of training data; "shrink" denoises as if
+            the state carried noise of variance s^2 (1 + c_t), with the c_t that robust_adv has in
+            closed form; "blur" blurs samples (images only).
+        strength: known: standard deviation of the noise, root mean square over all training items,
+            sqrt(p) sigma if a share p of them has noise sigma and nobody knows which. shrink: lam
+            of the regulariser that is imitated, by default 0.3. blur: standard deviation in pixels,
+            by default 0.5.
         shape: shrink: omega and gamma of the regulariser that is imitated.
+        stop: known: the chain ends at the cleanest of its timesteps with s / a >= stop * strength.
+            Small keeps detail; large bounds what a strength that is too high can do.
+        safety: known: share of the strength that is corrected for. Too little leaves some noise,
+            too much adds noise of its own.
 
     Raises:
-        UsageError: for an unknown method or a strength that is not positive.
+        UsageError: for an unknown method, or a value out of range.
+
+    Source: ``known`` is Tweedie's formula with the noise of data and chain together, as Daras et
+        al. 2024, "Consistent Diffusion Meets Tweedie", train with; the network of a plain DDPM
+        needs no other training for it.
     """
 
     method: Method
     strength: float | None = None
     shape: tuple[float, float] = DEFAULT_SHAPE
+    stop: float = 1.0
+    safety: float = 0.9
 
     def __post_init__(self):
+        if self.method == "early_stop":
+            raise UsageError("baseline is 'early_stop', which is gone: it returned the mean of "
+                             "noisy data; 'known' stops there and returns clean data")
         if self.method not in Method.__args__:
             raise UsageError(f"baseline is {self.method!r}: choose one of "
                              f"{', '.join(Method.__args__)}")
         if self.strength is None:
+            if self.method == "known":
+                raise UsageError("baseline is 'known', and the noise of the training data is not: "
+                                 "give its standard deviation as --baseline-strength")
             object.__setattr__(self, "strength", DEFAULT_STRENGTH[self.method])
-        if not (math.isfinite(self.strength) and self.strength > 0):
-            raise UsageError(f"baseline_strength is {self.strength}: it must be a positive number")
+        for name, value in (("strength", self.strength), ("stop", self.stop)):
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"baseline_{name} is {value}: it must be a positive number")
+        if not 0 < self.safety <= 1:
+            raise UsageError(f"baseline_safety is {self.safety}: it must be above 0 and at most 1")
 
     def network(self, model: nn.Module, schedule: NoiseSchedule) -> nn.Module:
         """What to sample with in place of the model."""
@@ -64,9 +89,11 @@ class Baseline:
         return Shrunk(model, schedule, excess(schedule, setting, torch.arange(len(schedule))))
 
     @property
-    def stop(self) -> float:
-        """``stop`` of the sampler."""
-        return self.strength if self.method == "early_stop" else 0.0
+    def settings(self) -> dict[str, float]:
+        """``stop`` and ``data_noise`` of the sampler."""
+        if self.method != "known":
+            return {}
+        return {"stop": self.stop * self.strength, "data_noise": self.safety * self.strength}
 
     def finish(self, samples: Tensor) -> Tensor:
         """What is done to finished samples.
@@ -78,36 +105,59 @@ class Baseline:
             return samples
         if samples.ndim != 4:
             raise UsageError("baseline is 'blur': only images can be blurred, and these samples "
-                             f"have the shape {tuple(samples.shape[1:])}; use shrink or early_stop")
+                             f"have the shape {tuple(samples.shape[1:])}; use known or shrink")
         return blur(samples, self.strength)
 
 
 def from_flags(
-    method: str, strength: float | None, shape: tuple[float, float] | None, sigma: float | None
+    flags, noise: Callable[[], float] | None = None, objective: str | None = None
 ) -> Baseline | None:
-    """The baseline that ``--baseline``, ``--baseline-strength`` and ``--baseline-shape`` name, None
-    for "none".
+    """The baseline that ``--baseline`` and the flags beside it name, None for "none".
 
     Args:
-        sigma: standard deviation of the run's corruption, None if unknown.
+        flags: with baseline, baseline_strength, baseline_shape, baseline_stop, baseline_safety.
+        noise: measures the root mean square of the training data's noise, which is the strength of
+            "known" unless one is given, and bounds it; None if there are no data.
+        objective: the model's training objective, None if unknown.
 
     Raises:
-        UsageError: for a strength that is missing, wrong or without a baseline, or a shape of
-            anything but "shrink".
+        UsageError: for a flag that is missing, wrong or of another baseline, a strength above the
+            data's noise, data without noise, or a model that removes noise itself.
     """
-    if shape is not None and method != "shrink":
-        raise UsageError(f"baseline_shape is {shape}: only --baseline shrink has one")
+    method, strength = flags.baseline, flags.baseline_strength
+    for name, owner in (("shape", "shrink"), ("stop", "known"), ("safety", "known")):
+        value = getattr(flags, f"baseline_{name}")
+        if value is not None and method != owner:
+            raise UsageError(f"baseline_{name} is {value}: only --baseline {owner} has one")
     if method == "none":
         if strength is not None:
             raise UsageError(f"baseline_strength is {strength} without a baseline: name one, or "
                              "leave it out")
         return None
-    if strength is None and method == "early_stop":
-        if not sigma:
-            raise UsageError("baseline is 'early_stop', and how strong the corruption is is not "
-                             "known: give --baseline-strength")
-        strength = sigma
-    return Baseline(method, strength, shape or DEFAULT_SHAPE)
+    if method in ("known", "shrink") and objective not in (None, "ddpm"):
+        raise UsageError(f"baseline is {method!r}, and the model was trained with {objective}, "
+                         "which removes noise itself: leave --baseline out, or use a plain DDPM")
+    given = {name: value for name in ("shape", "stop", "safety")
+             if (value := getattr(flags, f"baseline_{name}")) is not None}
+    if method == "known" and noise is not None:
+        if strength is None:
+            strength = noise()
+            if strength < CLEAN:
+                raise UsageError("baseline is 'known', and the training data look clean: their "
+                                 f"noise has a standard deviation of {strength:.2g} at most; leave "
+                                 "--baseline out")
+        else:
+            made = Baseline(method, strength, **given)
+            try:
+                bound = noise()
+            except UsageError:  # nothing to compare with
+                return made
+            if strength > 1.1 * bound:
+                raise UsageError(
+                    f"baseline_strength is {strength:g}: the data vary by no more than "
+                    f"{bound:.3g} in some direction, so their noise cannot be as strong; give at "
+                    "most that, or leave it out")
+    return Baseline(method, strength, **given)
 
 
 class Shrunk(nn.Module):

@@ -200,6 +200,7 @@ def sample(
     eta: float = 0.0,
     clip: bool = False,
     stop: float = 0.0,
+    data_noise: float = 0.0,
     seed: int = 0,
     first_index: int = 0,
     batch_size: int | None = None,
@@ -224,6 +225,9 @@ def sample(
         eta: ddim's noise, 0 (none) to 1 (that of ddpm with "fixed_small").
         clip: clip each predicted x0 to [-1, 1].
         stop: end the chain at this noise scale; see ``timesteps``.
+        data_noise: standard deviation of white Gaussian noise in the data that the model learned
+            from: the last step predicts the data without it, x0 = x/a - (1 + data_noise^2 /
+            (s/a)^2) (s/a) eps. Below that noise nothing is left to predict from: stop near it.
         seed, first_index: the samples are numbers first_index to first_index + num - 1 of the
             seed's sequence; a number determines its noise, whatever the batch size.
         batch_size: samples computed at once; see `batch_or_default`.
@@ -243,12 +247,13 @@ def sample(
     Raises:
         UsageError: for an argument out of range, or a model whose output does not fit.
 
-    Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12.
+    Source: Ho et al. 2020, Algorithm 2; Song et al. 2021, Eq. 12; for ``data_noise`` Daras et al.
+        2024, "Consistent Diffusion Meets Tweedie".
     """
     batch_size = batch_or_default(batch_size, shape)
     check_settings(schedule, num=num, batch_size=batch_size, first_index=first_index,
                    sampler=sampler, steps=steps, spacing=spacing, variance=variance, eta=eta,
-                   stop=stop)
+                   stop=stop, data_noise=data_noise)
     chain = Respaced(schedule, timesteps(schedule, steps, spacing, stop))
     if device is None:
         tensors = model.parameters() if isinstance(model, torch.nn.Module) else ()
@@ -256,6 +261,8 @@ def sample(
     if noise is None:
         noise = stream_noise(seed, tuple(shape), device, dtype)
     needs_noise = sampler == "ddpm" or eta > 0
+    last = chain.alphas_cumprod[-1].item()
+    correction = 1 + data_noise**2 * last / (1 - last)
     visited = chain.timesteps.tolist()
     samples = torch.empty((num, *shape), dtype=dtype)
     done = 0
@@ -274,6 +281,8 @@ def sample(
                     x = attack(model, chain, k, numbers, x, z)
                 t = torch.full((count,), timestep, device=device)
                 eps = predict_noise(model, x, t).to(dtype)
+                if data_noise and k == len(chain) - 1:
+                    eps = eps * correction
                 if sampler == "ddpm":
                     x = chain.ddpm_step(k, x, eps, z, variance, clip)
                 else:
@@ -311,6 +320,7 @@ def enough_memory(batch_size: int) -> Iterator[None]:
 def check_settings(
     schedule: NoiseSchedule, *, num: int, batch_size: int, sampler: Sampler, steps: int | None,
     spacing: Spacing, variance: Variance, eta: float, first_index: int = 0, stop: float = 0.0,
+    data_noise: float = 0.0,
 ) -> None:
     """What `sample` checks first, for those that have long work to do before.
 
@@ -328,6 +338,8 @@ def check_settings(
         raise UsageError(f"eta is {eta}: it must be from 0 to 1")
     if eta and sampler == "ddpm":
         raise UsageError(f"eta is {eta}: ddpm has none; use sampler ddim, or drop eta")
+    if not (math.isfinite(data_noise) and data_noise >= 0):
+        raise UsageError(f"data_noise is {data_noise}: it must be a number from 0 up")
     timesteps(schedule, steps, spacing, stop)
 
 

@@ -1,6 +1,7 @@
 """Export to diffusers: a directory that ``DDPMPipeline.from_pretrained`` loads."""
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -13,6 +14,8 @@ import torch
 from robustdm.errors import UsageError, importing
 from robustdm.method.schedule import NoiseSchedule
 
+NOISE = "noise.json"
+"""File beside model_index.json with {"rms": standard deviation of the training data's noise}."""
 # Tables of more would only fill the memory; the largest in use have some thousands.
 _MAX_TIMESTEPS = 1 << 20
 
@@ -36,6 +39,12 @@ def scheduler_config(schedule: NoiseSchedule) -> dict:
         if torch.allclose(betas, schedule.betas, rtol=1e-6, atol=0):
             return dict(num_train_timesteps=len(schedule), **named)
     return dict(num_train_timesteps=len(schedule), trained_betas=schedule.betas.tolist())
+
+
+def write_noise(directory: Path | str, rms: float) -> None:
+    """Store the noise of the training data beside a pipeline."""
+    text = json.dumps({"rms": rms}) + "\n"
+    (Path(directory) / NOISE).write_text(text, encoding="utf-8")
 
 
 def schedule_from(config: dict) -> NoiseSchedule:
@@ -102,6 +111,7 @@ def save_pipeline(
     clip_sample: bool,
     variance_type: str = "fixed_large",
     timestep_spacing: str = "leading",
+    data_noise: float | None = None,
 ) -> None:
     """Write a network as a diffusers DDPMPipeline, in safetensors and JSON, of modes by the umask.
 
@@ -117,6 +127,8 @@ def save_pipeline(
         timestep_spacing: which timesteps a pipeline of fewer steps visits. "leading" is the one
             that all diffusers schedulers made from this configuration treat correctly: DDIM with
             "linspace" steps off its own list, DDPM with "trailing" adds noise to its result.
+        data_noise: standard deviation of white noise in the training data, stored beside the
+            pipeline for `CleanPipeline`; None stores none.
 
     Raises:
         UsageError: if unet is another kind of model, or the directory holds something else.
@@ -144,3 +156,5 @@ def save_pipeline(
     )
     with replacing(directory) as staging:
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(staging)
+        if data_noise is not None:
+            write_noise(staging, data_noise)

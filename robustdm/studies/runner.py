@@ -124,17 +124,18 @@ def baseline_arms(
     plain: Arm, sigma: float | None, shrunk: Sequence[float] = SHRUNK_LAM
 ) -> list[Arm]:
     """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk;
-    stopped early at the corruption's strength), its samples blurred, if images, and as much work as
+    corrected for the noise, of known strength), its samples blurred, if images, and as much work as
     robust_adv takes.
 
     Args:
-        sigma: standard deviation of the corruption; None for noise of another kind, which gives no
-            strength to stop at; 0 for clean data, which get neither that nor the work.
+        sigma: standard deviation of the corruption, which a share of ``corrupt_fraction`` has; None
+            for noise of another kind, which gives no strength to correct for; 0 for clean data,
+            which get neither that nor the work.
         shrunk: strengths of the shrunk DDPM.
     """
     known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in shrunk}
     if sigma:
-        known["DDPM, stopped early"] = Baseline("early_stop", sigma)
+        known["DDPM, noise known"] = Baseline("known", sigma * plain.config.corrupt_fraction**0.5)
     if plain.config.data in ("digits", "images", "cifar10"):
         known["DDPM, blurred"] = Baseline("blur")
     made = [dataclasses.replace(plain, name=name, baseline=baseline)

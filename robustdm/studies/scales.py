@@ -32,7 +32,7 @@ METHODS = {
     "robust_adv": dict(objective="robust_adv", lambda_mode="ray"),
 }
 SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in SHRUNK_LAM}
-STOPPED, BLURRED = "DDPM, stopped early", "DDPM, blurred"
+KNOWN, BLURRED = "DDPM, noise known", "DDPM, blurred"
 EXCESS = "noise_excess"
 AXES = 20
 """Principal axes of clean images along which the signal of others is measured."""

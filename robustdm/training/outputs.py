@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,8 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from robustdm.data.noise import RECORD, noise_of
 from robustdm.device import device_name
-from robustdm.errors import RunError
+from robustdm.errors import RunError, UsageError
+from robustdm.method.baselines import CLEAN
+from robustdm.metrics.noise import TooFewItems, smallest_variance
 from robustdm.models import lora
 from robustdm.models.pipeline import replacing, save_pipeline
 from robustdm.ops.stream import shuffled
@@ -23,9 +28,10 @@ from robustdm.runs.rundir import RunDir, write_bytes, write_json
 from robustdm.training.trackers import Logger
 from robustdm.training.trainer import Trainer
 
-CLEAN_NOISE_LEVEL = 0.04
-"""Median noise level (sd, data in [-1, 1]) under which images look clean: photographs measure
-about 0.02, and the paper's weaker corruption is 0.1."""
+# Items whose noise is measured before training: a second's work.
+_LOOKED_AT = 1024
+# Samples of which the noise is told, at least.
+_FEW = 32
 
 
 class Outputs:
@@ -43,6 +49,7 @@ class Outputs:
         self.trainer, self.config, self.run_dir = trainer, trainer.config, run
         self.loggers, self.warn = loggers, warn
         self.lost: list[str] = []
+        self.noise: dict = {}
 
     def write_first(self) -> None:
         """What can be written before the first step."""
@@ -92,20 +99,34 @@ class Outputs:
         self.reference = {name: data.measure(torch.from_numpy(a)) for name, a in arrays.items()}
         self._keep(self.run_dir.samples / "reference.npz",
                    lambda file: np.savez_compressed(file, **arrays))
-        level = self.reference["train"].get("noise_level", 1.0)
-        spoilt = "clean" in arrays and self.config.corrupt_kind != "gaussian"  # but not by noise
-        if level < CLEAN_NOISE_LEVEL and not spoilt and self.config.objective != "ddpm":
+        self._look_for_noise()
+
+    def _look_for_noise(self) -> None:
+        """Measure the noise of the training data, as they are learned from, and record it."""
+        try:
+            found = noise_of(self.trainer.data, self.config.seed, _LOOKED_AT)
+        except UsageError:  # too few items to tell
+            return
+        self.noise = found.record()
+        text = json.dumps(self.noise, indent=1) + "\n"
+        self._keep(self.run_dir.path / RECORD, lambda file: file.write(text.encode()))
+        if found.kind == "clean" and self.trainer.data.is_image and self.config.objective != "ddpm":
             self.warn(
-                f"the training images look clean (median noise sd {level:.3f}): there the robust "
+                f"the training images look clean (noise sd {found.rms:.3f}): there the robust "
                 "objective costs quality (FID 29 against 7 in the paper); --objective ddpm does not"
             )
+
+    def _correctable(self) -> float | None:
+        """Noise that the last step of a chain can be corrected for: white, and learned as it is."""
+        white = self.noise.get("kind") in ("gaussian", "mixture")
+        return self.noise["rms"] if white and self.config.objective == "ddpm" else None
 
     def _warn_of_noise(self, samples: dict[str, float]) -> None:
         """Say so if the samples carry most of the noise that the training data have."""
         train = self.reference["train"]
         # A set that knows its clean law measures noise better than the general estimate.
         key = "noise_rms" if "noise_rms" in train else "noise_level"
-        known = key in samples and train.get(key, 0.0) >= CLEAN_NOISE_LEVEL
+        known = key in samples and train.get(key, 0.0) > CLEAN
         if not known or self.config.objective == "ddpm":
             return
         floor = self.reference.get("clean", {}).get(key, 0.0)
@@ -148,6 +169,7 @@ class Outputs:
                     averaged, trainer.schedule, out / "pipeline",
                     clip_sample=config.clip_samples,
                     variance_type=(config.pretrained or {}).get("variance_type", "fixed_large"),
+                    data_noise=self._correctable(),
                 )
                 if config.lora:
                     with replacing(out / "adapter") as folder:
@@ -160,9 +182,14 @@ class Outputs:
                 f"step {trainer.step} is saved, but {', '.join(self.lost)} could not be written to "
                 f"{out}: make room, then --resume writes what is missing"
             )
+        noise = {"training data": self.noise} if self.noise else {}
+        if len(samples) >= _FEW:
+            with contextlib.suppress(TooFewItems):
+                noise["samples"] = {"rms": smallest_variance(samples) ** 0.5}
         summary = {
             "step": trainer.step,
             "measures": measures,
+            "noise": noise,
             "skipped": int(trainer.metrics.skipped),
             "time_s": round(trainer.elapsed, 1),
             "device": device_name(trainer.device),

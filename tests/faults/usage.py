@@ -574,7 +574,7 @@ API = (
     ("cuda_graph=True on a CPU", lambda: fast_network(_GOOD, cuda_graph=True, device="cpu"),
      "cuda_graph", "CUDA device"),
     ("load_run('nowhere')", lambda: load_run("nowhere"), "nowhere", "no such directory"),
-    ("Baseline('smooth')", lambda: Baseline("smooth"), "baseline", "early_stop"),
+    ("Baseline('smooth')", lambda: Baseline("smooth"), "baseline", "known"),
     ("Baseline strength of nan", lambda: Baseline("blur", math.nan), "baseline_strength",
      "positive number"),
     ("a grid of five channels", lambda: images.grid(torch.zeros(2, 5, 8, 8)), "samples",

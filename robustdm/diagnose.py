@@ -1,0 +1,220 @@
+"""Entry point: `python -m robustdm.diagnose DATA` says what noise is in a data set, and what to do.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from robustdm.cli import guard
+from robustdm.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from robustdm.metrics.noise import Diagnosis
+
+# Images that are looked at: half a gigabyte of 32x32 in colour.
+_NUMBERS = 50_000 * 3 * 32 * 32
+_SHOWN = 32
+
+MEANING = {
+    "clean": "no noise was found",
+    "gaussian": "white Gaussian noise on all items",
+    "mixture": "white Gaussian noise on some of the items",
+    "coloured": "noise that is correlated between neighbouring pixels",
+    "other": "white noise that is not Gaussian: large errors are too frequent",
+    "salt_pepper": "black and white pixels: salt and pepper",
+    "jpeg": "blocks of 8x8 pixels: JPEG",
+    "outliers": "items that stand far from all others",
+    "constant": "items that do not vary",
+    "unknown": "points vary in all directions: noise and signal cannot be told apart",
+}
+ADVICE = {
+    "clean": ("ddpm", None, "clean data need no robust training, which costs quality"),
+    "gaussian": ("ddpm", "known", "a plain DDPM and one corrected last step remove white noise of "
+                 "known strength, and cost no training"),
+    "mixture": ("ddpm", "known", "a plain DDPM and one corrected last step remove white noise of "
+                "known strength, and cost no training"),
+    "coloured": ("ddpm", "shrink", "the exact correction takes white noise; shrinkage assumes "
+                 "nothing, and costs some contrast"),
+    "other": ("ddpm", "shrink", "the exact correction takes Gaussian noise; shrinkage assumes "
+              "nothing, and costs some contrast"),
+    "salt_pepper": ("ddpm", None, "a median filter removes such pixels before training"),
+    "jpeg": ("ddpm", "shrink", "the exact correction takes white noise; shrinkage assumes nothing, "
+             "and costs some contrast"),
+    "outliers": ("ddpm", None, "remove the items listed first: no objective here ignores them"),
+    "constant": (None, None, "there is nothing to learn"),
+    "unknown": ("robust_adv", None, "nothing can be corrected whose strength is not known"),
+}
+"""kind -> objective to train, baseline to sample with, and why."""
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig:
+    """Which data, and where to write what was found."""
+
+    path: tyro.conf.Positional[Path]
+    """A folder, zip, lmdb, .npy, .npz, CIFAR archive, or hf:NAME[:SPLIT]; an .npz of samples."""
+    resolution: int | None = None
+    """Side of the images in pixels; by default that of most of them, at most 256. Noise that is
+    resized is weaker, and no longer white."""
+    crop: int = 0
+    """Side of the square cut out of the middle of every picture before it is resized."""
+    channels: Literal[1, 3, 4] | None = None
+    """Channels of the images; by default what the files have."""
+    seed: int = 0
+    """Decides which items are looked at, where there are too many for all."""
+    out: Path | None = None
+    """Folder for diagnosis.json, diagnosis.html, and flagged.txt, the names of the items that carry
+    noise or stand apart."""
+    json: bool = False
+    """Print one JSON object instead of the screen."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse flags, look, print.
+
+    Raises:
+        UsageError: for a wrong flag, or data that cannot be read or are too few.
+        RunError: if reading fails.
+    """
+    run(tyro.cli(
+        DiagnoseConfig, args=argv, prog="python -m robustdm.diagnose",
+        description="What noise is in a data set, and the cheapest method that removes it.",
+    ))
+
+
+def run(config: DiagnoseConfig) -> dict:
+    """Diagnose a data set; print, and write the page if ``out`` is given.
+
+    Returns:
+        What ``--json`` prints.
+
+    Raises:
+        UsageError: for data that cannot be read or are too few.
+        RunError: if reading fails.
+    """
+    from robustdm.metrics.noise import TooFewItems, diagnose
+
+    items, names, total = _read(config)
+    try:
+        found = diagnose(items)
+    except TooFewItems as error:
+        raise UsageError(f"path is {str(config.path)!r}: {error}") from None
+    record = report(found, config.path, total)
+    if config.out is not None:
+        _write(config.out, record, found, items, names)
+    print(json.dumps(record) if config.json else screen(record, config.out))
+    return record
+
+
+def report(found: Diagnosis, path: Path, total: int | None = None) -> dict:
+    """A diagnosis as a JSON-able record, with what to do."""
+    objective, baseline, why = ADVICE[found.kind]
+    commands = []
+    if objective is not None:
+        commands.append(f"python -m robustdm.train --preset folder --data-dir {path} "
+                        f"--objective {objective}")
+    if baseline is not None:
+        commands.append(f"python -m robustdm.sample --run RUN --baseline {baseline}")
+    return found.record() | {
+        "of": found.items if total is None else total, "meaning": MEANING[found.kind],
+        "objective": objective, "baseline": baseline, "recommended": " && ".join(commands),
+        "why": why,
+    }
+
+
+def screen(record: dict, out: Path | None = None) -> str:
+    """The record in words."""
+    of = "" if record["of"] == record["items"] else f" of {record['of']}, drawn at random"
+    lines = [f"{record['items']} items{of}: {record['meaning']}", ""]
+    if record["kind"] not in ("constant", "unknown"):
+        lines += [
+            f"  noise          sd {record['sigma']:.3f} on {record['share']:.0%} of the items, "
+            f"{record['rms']:.3f} root mean square over all",
+            f"  neighbours     correlation {record['correlation']:.2f} between pixels, "
+            f"{record['channel_correlation']:.2f} between channels (0 is white)",
+            f"  tails          excess kurtosis {record['kurtosis']:.2f} (0 is Gaussian)",
+            f"  single pixels  {record['impulses']:.2%} black or white against their surroundings",
+            f"  blocks         steps at borders of 8x8 {record['blocking']:.2f} times the others",
+            f"  apart          {record['isolated']:.1%} of the items",
+        ]
+    else:
+        lines.append(f"  smallest sd in any direction: {record['rms']:.3g}")
+    lines += ["", f"{record['why']}:" if record["recommended"] else record["why"]]
+    lines += [f"  {command}" for command in record["recommended"].split(" && ") if command]
+    if out is not None:
+        lines += ["", f"page: {out / 'diagnosis.html'}"]
+    return "\n".join(lines)
+
+
+def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str] | None, int]:
+    """Items in random order, their names, and how many there are in all."""
+    import torch
+
+    from robustdm.data.images import image_set
+    from robustdm.data.read import written_samples
+    from robustdm.ops.stream import shuffled
+
+    samples = written_samples(config.path)
+    if samples is not None:
+        order = shuffled(config.seed, 0, len(samples))
+        order = order[: max(2, _NUMBERS // samples[0].numel())]
+        return samples[order], [f"item {k}" for k in order.tolist()], len(samples)
+    _, data, _ = image_set({"data_dir": config.path, "resolution": config.resolution,
+                            "crop": config.crop, "channels": config.channels,
+                            "corrupt_fraction": 0.0})
+    order = shuffled(config.seed, 0, len(data))
+    order = order[: max(2, _NUMBERS // max(1, torch.Size(data.shape).numel()))]
+    return torch.cat([data.clean(part) for part in order.split(256)]), data.names(order), len(data)
+
+
+def _write(out: Path, record: dict, found: Diagnosis, items: Tensor,
+           names: list[str] | None) -> None:
+    from robustdm.runs.rundir import write_text
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
+    write_text(out / "diagnosis.json", json.dumps(record, indent=1) + "\n")
+    flagged = [names[k] for k in found.flagged.nonzero().flatten().tolist()]
+    write_text(out / "flagged.txt", "".join(f"{name}\n" for name in flagged))
+    write_text(out / "diagnosis.html", page(record, found, items))
+
+
+def page(record: dict, found: Diagnosis, items: Tensor) -> str:
+    """A page: the record, the noisiest and the cleanest items, and how the noise is spread."""
+    from robustdm.reporting import plots, webpage
+    from robustdm.reporting.images import grid, to_pil
+
+    body = [f"<header><h1>Noise in {webpage.escape(record['of'])} items</h1></header>",
+            f"<pre>{webpage.escape(screen(record))}</pre>"]
+    if len(found.levels):
+        order = found.levels.argsort(descending=True)
+        cards = ""
+        for caption, chosen in (("noisiest items", order[:_SHOWN]),
+                                ("cleanest items", order[-_SHOWN:].flip(0))):
+            buffer = io.BytesIO()
+            to_pil(grid(items[chosen].clamp(-1, 1))).save(buffer, format="png")
+            cards += webpage.picture(buffer.getvalue(), caption)
+        body.append(webpage.section("Items", f'<div class="cards">{cards}</div>'))
+        made, axes = plots.figure(1, 1, size=(5.0, 3.0))
+        axes[0, 0].hist(found.levels.numpy(), bins=60, color=plots.COLOURS[0])
+        axes[0, 0].axvline(record["sigma"], color=plots.INK, linestyle=":")
+        axes[0, 0].set(xlabel="noise of an item, standard deviation", ylabel="items")
+        body.append(webpage.section("Spread", webpage.picture(plots.png_bytes(made)), webpage.soft(
+            "The noise of single items is rough: texture counts as noise. The dotted line is the "
+            "noise of those that carry it, measured over the set.")))
+    return webpage.document("Noise", body)
+
+
+if __name__ == "__main__":
+    guard(main)
