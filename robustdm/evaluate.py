@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -261,47 +260,41 @@ def _page(record, rows, samples, clean, features, reference, extractor) -> str:
 
     from robustdm.evaluation.measure import MEANINGS, label
     from robustdm.metrics import nearest
-    from robustdm.reporting import plots, webpage
-    from robustdm.reporting.images import grid, to_pil
+    from robustdm.reporting import plots
+    from robustdm.reporting.images import grid_png
+    from robustdm.reporting.tables import table_lines
+    from robustdm.reporting.webpage import Picture, Section, page
 
-    def sheet(images, caption, columns=None):
-        buffer = io.BytesIO()
-        to_pil(grid(images, columns)).save(buffer, format="png")
-        return webpage.picture(buffer.getvalue(), caption)
-
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    body = [
-        f"<header><h1>{webpage.escape(record['name'])}</h1></header>",
-        webpage.section("Metrics", webpage.soft(
-            f"Against {record['reference']}; features {extractor.name} "
-            f"({extractor.digest[:12]}), images {'' if extractor.quantise else 'not '}rounded to 8 "
-            "bits. Parts are disjoint and smaller: their Frechet distance is larger."),
-            webpage.table([[name, *(_text(row.get(c)) for c in columns)]
-                           for name, row in rows.items()], ["metric", *columns], numbers=True),
-            *(webpage.soft(f"{label(m, extractor)}: {text}.") for m, text in MEANINGS.items()
-              if label(m, extractor) in rows)),
-    ]
+    sections = [Section(
+        "Metrics",
+        [f"Against {record['reference']}; features {extractor.name} ({extractor.digest[:12]}), "
+         f"images {'' if extractor.quantise else 'not '}rounded to 8 bits. Parts are disjoint and "
+         "smaller: their Frechet distance is larger."],
+        table_lines(rows, "metric", digits=4),
+        notes=[f"{label(m, extractor)}: {text}." for m, text in MEANINGS.items()
+               if label(m, extractor) in rows])]
     if record["measures"]:
-        places = list(record["measures"])
-        body.append(webpage.section("Where the clean law is known", webpage.table(
-            [[k, *(_text(record["measures"][p].get(k)) for p in places)]
-             for k in record["measures"]["samples"]], ["measure", *places], numbers=True)))
+        measures = {k: {place: own.get(k) for place, own in record["measures"].items()}
+                    for k in record["measures"]["samples"]}
+        sections.append(Section("Where the clean law is known",
+                                table=table_lines(measures, "measure", digits=4)))
     known = clean is not None
     if samples.ndim == 4:
-        cards = sheet(samples[:GRID_SAMPLES], "samples")
+        cards = [Picture(grid_png(samples[:GRID_SAMPLES]), "samples")]
         if known:
-            cards += sheet(clean[:GRID_SAMPLES], "clean data")
-        body.append(webpage.section("Samples", f'<div class="cards">{cards}</div>'))
+            cards.append(Picture(grid_png(clean[:GRID_SAMPLES]), "clean data"))
+        sections.append(Section("Samples", pictures=cards, columns="wide"))
         if known:
             similarity, index = nearest(features.features[:NEIGHBOUR_ROWS * 2], reference)
             pairs = torch.stack([samples[:len(index)], clean[index]], 1).flatten(0, 1)
-            body.append(webpage.section("Nearest clean images", webpage.soft(
+            sections.append(Section("Nearest clean images", [
                 "Samples, each followed by the most similar clean image (cosine similarity of the "
-                f"features, {similarity.mean():.2f} on average)."), sheet(pairs, "pairs", 8)))
+                f"features, {similarity.mean():.2f} on average)."],
+                pictures=[Picture(grid_png(pairs, 8), "pairs")]))
     elif known:
         made = plots.point_scatter({"samples": samples.numpy(), "clean data": clean.numpy()},
                                    plots.point_view(clean.numpy()))
-        body.append(webpage.section("Samples", webpage.picture(plots.png_bytes(made), "points")))
+        sections.append(Section("Samples", pictures=[Picture(plots.png_bytes(made), "points")]))
     if known:
         made, axes = plots.figure(1, 1, size=(5.0, 3.2))
         for colour, (name, x) in zip(plots.COLOURS, (("samples", features.features),
@@ -310,10 +303,10 @@ def _page(record, rows, samples, clean, features, reference, extractor) -> str:
         axes[0, 0].set(xlabel="principal axis", ylabel="standard deviation", yscale="log",
                        title="spread of the features along their own principal axes")
         axes[0, 0].legend(fontsize=7)
-        body.append(webpage.section("Spread", webpage.picture(plots.png_bytes(made))))
+        sections.append(Section("Spread", pictures=[Picture(plots.png_bytes(made))]))
     made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
-    body.append(webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"))
-    return webpage.document(f"Evaluation of {record['name']}", body)
+    sections.append(Section("How it was made", code=made_by))
+    return page(f"Evaluation of {record['name']}", sections)
 
 
 def _spectrum(x):
@@ -321,10 +314,6 @@ def _spectrum(x):
 
     values = torch.linalg.eigvalsh(torch.cov(x.double().T).reshape(x.shape[1], -1))
     return values.clamp(min=1e-12).sqrt().flip(0).numpy()
-
-
-def _text(value) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _write(out: Path, record: dict, page: str) -> None:

@@ -6,7 +6,6 @@ that were never trained on, and training images that were blurred.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -153,8 +152,10 @@ def memorise(config: MemoriseConfig) -> dict:
 def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
     import torch
 
-    from robustdm.reporting import plots, webpage
-    from robustdm.reporting.images import grid, to_pil
+    from robustdm.reporting import plots
+    from robustdm.reporting.images import grid_png
+    from robustdm.reporting.tables import table_lines
+    from robustdm.reporting.webpage import Picture, Section, page
     from robustdm.runs.rundir import write_text
 
     try:
@@ -164,27 +165,21 @@ def _write(out: Path, record, rows, found, samples, train, extractor) -> None:
     similarities = {name: s for name, (s, _) in found.items()}
     made = plots.similarities(similarities, f"{extractor.name} features")
     plots.save(made, out / "memorise.png")
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     similarity, index = found["samples"]
     top = similarity.argsort(descending=True)[:PAIRS]
     pairs = torch.stack([samples[top], train[index[top]]], 1).flatten(0, 1)
-    buffer = io.BytesIO()
-    to_pil(grid(pairs, 8)).save(buffer, format="png")
     made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
-    body = [
-        "<header><h1>Nearest training images</h1></header>",
-        webpage.section("Table", webpage.soft(
+    sections = [
+        Section("Table", [
             "Samples are near training images beyond what their kind explains only where they "
             "exceed the held-out images; and a method that smooths moves the histogram as blurring "
-            "does, without having memorised less."), webpage.table(
-            [[name, *(f"{row[c]:.4g}" for c in columns)] for name, row in rows.items()],
-            ["", *columns], numbers=True)),
-        webpage.section("Histogram", webpage.picture(plots.png_bytes(made))),
-        webpage.section("The most similar pairs", webpage.soft(
-            "Sample, then training image."), webpage.picture(buffer.getvalue(), "pairs")),
-        webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"),
+            "does, without having memorised less."], table_lines(rows, digits=4)),
+        Section("Histogram", pictures=[Picture(plots.png_bytes(made))]),
+        Section("The most similar pairs", ["Sample, then training image."],
+                pictures=[Picture(grid_png(pairs, 8), "pairs")]),
+        Section("How it was made", code=made_by),
     ]
-    write_text(out / "memorise.html", webpage.document("Memorisation", body))
+    write_text(out / "memorise.html", page("Nearest training images", sections))
     write_text(out / "memorise.json", json.dumps(record, indent=1) + "\n")
 
 

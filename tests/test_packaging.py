@@ -138,6 +138,9 @@ def test_every_package_is_installed():
     # The kernels have no __init__.py: `kernels` in the root must not pass for the package of that
     # name, which diffusers looks for.
     assert listed == found | {"robustdm.kernels"} and not (ROOT / "kernels/__init__.py").exists()
+    (pattern,) = settings["tool"]["setuptools"]["package-data"]["robustdm.reporting"]
+    templates = set((ROOT / "robustdm/reporting").glob(pattern))
+    assert templates and templates == set((ROOT / "robustdm").rglob("*.j2"))
 
 
 def test_the_readme_starts_with_the_two_commands():

@@ -12,12 +12,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from jinja2 import UndefinedError
 from PIL import Image
 
 from robustdm.errors import UsageError
 from robustdm.method.perturbation import Perturbation
 from robustdm.method.schedule import NoiseSchedule
-from robustdm.reporting import plots, run_page
+from robustdm.reporting import plots, run_page, webpage
 from robustdm.reporting.run_page import measure_columns, write_report
 from robustdm.runs import rundir
 from robustdm.runs.config import TrainConfig
@@ -192,6 +193,30 @@ def test_text_from_files_is_escaped(tmp_path):
     assert "robustdm.report '" in page.text  # the path is quoted for the shell
 
 
+def test_a_run_named_like_a_script_is_escaped(tmp_path):
+    run = make_run(tmp_path / "<script>", (1, 8, 8), plots=False)
+    (run / "config.yaml").unlink()  # the name is then the title
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert page.title == "<script>, 200 steps" and "script" not in page.tags
+    assert "&lt;script&gt;, 200 steps</h1>" in text
+
+
+def test_every_part_of_a_page_is_escaped():
+    bad = "<script>\"'&"
+    png = plots.png_bytes(plots.figure()[0])
+    parts = [bad], [[bad, bad], [bad, bad]], [bad]
+    text = webpage.page(bad, [
+        webpage.Section(bad, *parts[:2], notes=parts[2], code=bad, columns=columns,
+                        pictures=[webpage.Picture(png, bad), webpage.Picture(png, alt=bad)])
+        for columns in ("", "wide")])
+    page = Page(text)
+    assert "script" not in page.tags and text.count("&lt;script&gt;") == 2 + 2 * (8 + 3)
+    assert page.title == bad and {a["alt"] for a in page.images} == {bad}
+    with pytest.raises(UndefinedError):
+        webpage.render("page.html.j2", title="no sections")
+
+
 def test_run_without_samples_or_summary(tmp_path):
     run = make_run(tmp_path / "run", (1, 8, 8))
     for file in (*run.glob("samples/*"), run / "summary.json"):
@@ -228,7 +253,7 @@ def test_damaged_files_cost_only_themselves(tmp_path):
 
 def made_without_plots(tmp_path, monkeypatch):
     for name in ("_curves", "_schedule"):
-        monkeypatch.setattr(run_page, name, lambda run: "")
+        monkeypatch.setattr(run_page, name, lambda run: [])
     return make_run(tmp_path / "run", (1, 8, 8))
 
 

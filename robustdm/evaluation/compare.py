@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,9 +15,10 @@ from robustdm.evaluation import measure
 from robustdm.evaluation.features import cache_directory
 from robustdm.method.sampling import batch_or_default
 from robustdm.reporting import plots, webpage
-from robustdm.reporting.images import grid, to_pil
+from robustdm.reporting.images import grid_png
 from robustdm.reporting.progress import sampling_progress
-from robustdm.reporting.tables import text_table
+from robustdm.reporting.tables import table_lines, text_table
+from robustdm.reporting.webpage import Picture, Section
 from robustdm.runs.rundir import provenance, write_text
 
 SHOWN = 16
@@ -161,34 +161,19 @@ class Comparison:
             raise UsageError(
                 f"out is {str(out)!r}: it cannot be made ({error.strerror})") from None
         plots.save(figure, out / f"{name}.png")
-        columns = list(dict.fromkeys(key for row in self.rows.values() for key in row))
-        body = [
-            f"<header><h1>{webpage.escape(title)}</h1></header>",
-            webpage.section("Table", webpage.soft(note), webpage.table(
-                [[row, *(_cell(found.get(c)) for c in columns)]
-                 for row, found in self.rows.items()], ["", *columns], numbers=True)),
-            webpage.section("Plot", webpage.picture(plots.png_bytes(figure))),
-        ]
-        cards = ""
-        for what, samples in self.pictures.items():
-            if samples.ndim == 4:
-                buffer = io.BytesIO()
-                to_pil(grid(samples)).save(buffer, format="png")
-                cards += webpage.picture(buffer.getvalue(), what)
-        if cards:
-            body.append(webpage.section("Samples, from the same noise",
-                                        f'<div class="cards small">{cards}</div>'))
         made_by = json.dumps({k: record[k] for k in ("config", "provenance")}, indent=1)
-        body.append(webpage.section("How it was made", f"<pre>{webpage.escape(made_by)}</pre>"))
-        write_text(out / f"{name}.html", webpage.document(title, body))
+        cards = [Picture(grid_png(samples), what) for what, samples in self.pictures.items()
+                 if samples.ndim == 4]
+        sections = [
+            Section("Table", [note], table_lines(self.rows, digits=4)),
+            Section("Plot", pictures=[Picture(plots.png_bytes(figure))]),
+            *([Section("Samples, from the same noise", pictures=cards, columns="small")]
+              if cards else []),
+            Section("How it was made", code=made_by),
+        ]
+        write_text(out / f"{name}.html", webpage.page(title, sections))
         write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
         print(f"page: {out / f'{name}.html'}")
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value):

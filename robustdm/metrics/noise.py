@@ -192,7 +192,7 @@ def _null_levels(data: Tensor) -> Tensor | None:
 
 
 def flat_residuals(images: Tensor) -> Tensor:
-    """The flattest 5x5 squares of a set, the mean of each taken off: what varies there is noise.
+    """The flattest 5x5 squares of a set, a plane taken off each: what varies there is noise.
 
     Args:
         images: (N, C, H, W), H and W 5 or more.
@@ -203,24 +203,38 @@ def flat_residuals(images: Tensor) -> Tensor:
     x, side = images.float(), 5
     mean = F.avg_pool2d(x, side, 1)
     spread = (F.avg_pool2d(x.square(), side, 1) - mean.square()).mean(1)
-    least, best = spread.flatten(1).min(1)
+    # Files of 8 bits clip the noise of black and white: such squares say nothing of it.
+    edge = F.max_pool2d((x.abs() > 1 - 1e-3).float().amax(1, keepdim=True), side, 1)[:, 0]
+    least, best = (spread + 1e3 * edge).flatten(1).min(1)
     kept = least.argsort()[: max(1, len(x) // 4)]
     rows, columns = best[kept] // spread.shape[2], best[kept] % spread.shape[2]
     steps = torch.arange(side, device=x.device)
     picked = x[kept[:, None, None], :, (rows[:, None] + steps)[:, :, None],
                (columns[:, None] + steps)[:, None, :]].permute(0, 3, 1, 2)
-    return picked - picked.mean((2, 3), keepdim=True)
+    return (picked.flatten(2) @ _off_plane()).view_as(picked)
+
+
+def _off_plane() -> Tensor:
+    """(25, 25) projection that takes the plane off a square, which lowers white noise too."""
+    steps = torch.arange(25)
+    plane = torch.stack([torch.ones(25), steps // 5 - 2.0, steps % 5 - 2.0])
+    plane = plane / plane.norm(dim=1, keepdim=True)
+    return torch.eye(25) - plane.T @ plane
 
 
 def correlation(residuals: Tensor) -> float:
     """Correlation of neighbouring pixels of ``flat_residuals``, about 0 for white noise."""
+    def neighbours(r: Tensor) -> Tensor:
+        pairs = (r[..., 1:] * r[..., :-1]).mean(), (r[..., 1:, :] * r[..., :-1, :]).mean()
+        return sum(pairs) / 2
+
     r = residuals.double()
     power = r.square().mean()
     if not power:
         return 0.0
-    pairs = (r[..., 1:] * r[..., :-1]).mean(), (r[..., 1:, :] * r[..., :-1, :]).mean()
-    # The mean that was taken off lowers every product by its own variance.
-    return (sum(pairs) / 2 / power).item() + 1 / math.prod(r.shape[2:])
+    # Of white noise: columns of the projection are what it makes of single pixels.
+    white = _off_plane().double().view(25, 5, 5)
+    return (neighbours(r) / power - neighbours(white) / white.square().mean()).item()
 
 
 def channel_correlation(residuals: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Writing pictures: samples in [-1, 1] to uint8, PNG files and grids. NumPy and Pillow only."""
 
+import io
 import math
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def grid(samples, columns: int | None = None, scale: int | None = None, gap: int
         top, left = row * (height + gap), column * (width + gap)
         sheet[top:top + height, left:left + width] = picture
     return sheet
+
+
+def grid_png(samples, columns: int | None = None) -> bytes:
+    """``grid(samples, columns)`` as a PNG."""
+    buffer = io.BytesIO()
+    to_pil(grid(samples, columns)).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def save_grid(path, samples, columns: int | None = None, scale: int | None = None) -> None:

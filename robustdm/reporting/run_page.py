@@ -6,7 +6,6 @@ file.
 
 from __future__ import annotations
 
-import io
 import math
 import shlex
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from robustdm.reporting import plots
-from robustdm.reporting.images import grid, to_pil
+from robustdm.reporting.images import grid_png
 from robustdm.reporting.progress import duration
-from robustdm.reporting.webpage import document, escape, picture, section, soft, table
+from robustdm.reporting.webpage import Picture, render
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.files import Run, column, is_number, read_run, to_array
 from robustdm.runs.rundir import write_text
@@ -76,18 +75,34 @@ def write_report(run_dir: Path) -> Path:
 
 def page(run: Run) -> str:
     """The whole page as HTML."""
-    body = [
-        _header(run), _warnings(run), _key_numbers(run), _measures(run), _samples(run),
-        _previews(run), _curves(run), _schedule(run), _commands(run), _config(run),
-        _provenance(run),
-    ]
-    return document(_title(run), body)
-
-
-def _title(run: Run) -> str:
-    if not run.config_found:
-        return f"{run.path.name}, {_steps(run)} steps"
-    return f"{run.config.objective} on {run.config.preset}, {_steps(run)} steps"
+    title = f"{run.path.name}, {_steps(run)} steps"
+    if run.config_found:
+        title = f"{run.config.objective} on {run.config.preset}, {_steps(run)} steps"
+    places = [place for place in PLACES
+              if any(place in values for values in run.measures.values())]
+    measures = [[_words(name), *(_num(values.get(place)) for place in places)]
+                for name, values in run.measures.items()]
+    panels = _panels(run)
+    previews = [(step, array) for step, array in run.previews if _drawable(array)]
+    facts = dict(run.provenance)
+    starts = facts.pop("sessions", None)
+    starts = [item for item in starts if isinstance(item, dict)] if isinstance(starts, list) else []
+    config, defaults = run.config.to_dict(), TrainConfig().to_dict()
+    fields = {key: _plain(value) for key, value in config.items()}
+    return render(
+        "run.html.j2", run=run, title=title, about=_about(run), tiles=_tiles(run),
+        warnings=_warnings(run), key_numbers=_key_numbers(run),
+        measures=[["measure", *places], *measures] if measures else [],
+        meanings=[f"{_words(key)}: {meaning}." for key, meaning in MEANINGS.items()
+                  if any(name.startswith(key) for name in run.measures)],
+        panels=_pictures(run, panels, SHEET_PIXELS, count=True),
+        dimmed=_contrast(run) < 1 and any(array.ndim == 4 for array in panels.values()),
+        previews=_previews(run, previews), preview_count=len(previews), curves=_curves(run),
+        perturbed=run.config.objective not in PLAIN_OBJECTIVES, schedule=_schedule(run),
+        here=shlex.quote(str(run.path)), out=shlex.quote(str(run.path / "more-samples")),
+        fields=list(fields.items()),
+        changed=[(key, text) for key, text in fields.items() if config[key] != defaults[key]],
+        facts=_leaves(facts), starts=[_leaves(start) for start in starts])
 
 
 def _steps(run: Run) -> str:
@@ -96,39 +111,30 @@ def _steps(run: Run) -> str:
     return f"{run.step:,} of {run.config.steps:,}"
 
 
-def _header(run: Run) -> str:
+def _about(run: Run) -> list[str]:
     config = run.config
-    line = []
-    if run.config_found:
-        line.append(f"data {config.data}")
-        if config.data in ("plane", "gaussians"):
-            line.append(f"{config.point_noise} noise, level {config.point_noise_level:g}")
-        else:
-            how = f"with sigma {config.corrupt_sigma:g}" if config.corrupt_kind == "gaussian" else (
-                f"({config.corrupt_kind.replace('_', ' and ')})")
-            line.append(f"{config.corrupt_fraction:.0%} corrupted {how}")
-        if config.objective not in PLAIN_OBJECTIVES:
-            line.append(f"lambda {config.lam:g}, mode {config.lambda_mode}")
-        line.append(f"seed {config.seed}")
-    tiles = []
-    for name, values in list(run.measures.items())[:4]:
-        beside = ", ".join(
-            f"{where} {_num(values[where])}" for where in PLACES[1:]
-            if where in values
-        )
-        if "samples" in values:
-            tiles.append(
-                f'<div class="tile"><span>{escape(_words(name))}, samples</span>'
-                f"<b>{escape(_num(values['samples']))}</b><span>{escape(beside)}</span></div>"
-            )
-    return (
-        f"<header><h1>{escape(_title(run))}</h1>"
-        + (f'<p class="soft">{escape("; ".join(line))}</p>' if line else "")
-        + (f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "") + "</header>"
-    )
+    if not run.config_found:
+        return []
+    if config.data in ("plane", "gaussians"):
+        noise = f"{config.point_noise} noise, level {config.point_noise_level:g}"
+    else:
+        how = f"with sigma {config.corrupt_sigma:g}" if config.corrupt_kind == "gaussian" else (
+            f"({config.corrupt_kind.replace('_', ' and ')})")
+        noise = f"{config.corrupt_fraction:.0%} corrupted {how}"
+    weight = [f"lambda {config.lam:g}, mode {config.lambda_mode}"]
+    return [f"data {config.data}", noise,
+            *(weight if config.objective not in PLAIN_OBJECTIVES else []), f"seed {config.seed}"]
 
 
-def _warnings(run: Run) -> str:
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Name and value of the samples' first measures, and the values beside them."""
+    return [
+        (_words(name), _num(values["samples"]),
+         ", ".join(f"{where} {_num(values[where])}" for where in PLACES[1:] if where in values))
+        for name, values in list(run.measures.items())[:4] if "samples" in values]
+
+
+def _warnings(run: Run) -> list[str]:
     told = run.summary.get("warnings")
     lines = [str(text) for text in told] if isinstance(told, list) else []
     lines += run.notes
@@ -138,10 +144,10 @@ def _warnings(run: Run) -> str:
     skipped = run.last("skipped")
     if skipped:
         lines.append(f"{skipped:g} step(s) were skipped: the loss or its gradient was not finite.")
-    return "".join(f'<p class="warn">{escape(line)}</p>' for line in lines)
+    return lines
 
 
-def _key_numbers(run: Run) -> str:
+def _key_numbers(run: Run) -> list[list[str]]:
     summary = run.summary
     seconds = summary.get("time_s", run.last("time"))
     rate = summary.get("img_per_s", run.last("img_per_s"))
@@ -158,67 +164,33 @@ def _key_numbers(run: Run) -> str:
                        ("gradient norm", "grad_norm"), ("learning rate", "lr")):
         value = run.last(key)
         rows[label] = None if value is None else _num(value)
-    known = {label: value for label, value in rows.items() if value is not None}
-    return section("Key numbers", table(([label, value] for label, value in known.items())))
+    return [[label, value] for label, value in rows.items() if value is not None]
 
 
-def _measures(run: Run) -> str:
-    if not run.measures:
-        return section("How close to the clean data", soft(
-            "No measures yet: they are taken when the run ends, where the clean law is known."))
-    places = [place for place in PLACES
-              if any(place in values for values in run.measures.values())]
-    rows = [[_words(name), *(_num(values.get(place)) for place in places)]
-            for name, values in run.measures.items()]
-    return section(
-        "How close to the clean data",
-        soft("The samples beside the corrupted data they were learnt from and beside the same "
-             "data without corruption."),
-        table(rows, ["measure", *places], numbers=True),
-        *(soft(f"{_words(key)}: {meaning}.") for key, meaning in MEANINGS.items()
-          if any(name.startswith(key) for name in run.measures)),
-    )
-
-
-def _samples(run: Run) -> str:
+def _panels(run: Run) -> dict[str, np.ndarray]:
+    """The training data, clean data and samples, as far as they are there; samples last."""
     panels = {"training data, as corrupted": run.reference.get("train"),
               "clean data, the same items": run.reference.get("clean")}
     if run.samples is None and run.previews:
         panels["samples (latest preview)"] = run.previews[-1][1]
     else:
         panels["samples"] = run.samples
-    shown = {name: array for name, array in panels.items() if _drawable(array)}
-    text = []
-    if not any(name.startswith("samples") for name in shown):
-        text.append(soft("No samples yet."))
-    if not run.reference:
-        text.append(soft("samples/reference.npz, the data to compare with, is not there."))
-    elif "clean" not in run.reference:
-        text.append(soft("No clean data beside them: the training data carry no added noise."))
-    if not run.config.clip_samples and any(v.ndim == 4 for v in shown.values()):
-        text.append(soft("Drawn at two thirds of the contrast, so that noise on black shows."))
-    return section("Training data, clean data, samples", *text,
-                   _pictures(run, shown, SHEET_PIXELS))
+    return {name: array for name, array in panels.items() if _drawable(array)}
 
 
-def _previews(run: Run) -> str:
-    drawable = [(step, array) for step, array in run.previews if _drawable(array)]
-    if not drawable:
-        return section("Samples over training", soft("No samples were made during training."))
-    picked = sorted({round(i) for i in np.linspace(0, len(drawable) - 1,
-                                                   min(MAX_PREVIEWS, len(drawable)))})
-    note = "The same noise each time, from the averaged weights."
-    if len(picked) < len(drawable):
-        note += (f" {len(picked)} of {len(drawable)} previews are shown; all are in "
-                 f"{run.path / 'samples'}.")
-    panels = {f"step {drawable[i][0]:,}": drawable[i][1] for i in picked}
-    return section("Samples over training", soft(note),
-                   _pictures(run, panels, PREVIEW_PIXELS, small=True))
+def _previews(run: Run, previews: list[tuple[int, np.ndarray]]) -> list[Picture]:
+    """At most MAX_PREVIEWS of the samples made during training."""
+    picked = sorted({round(i) for i in np.linspace(0, len(previews) - 1,
+                                                   min(MAX_PREVIEWS, len(previews)))})
+    panels = {f"step {previews[i][0]:,}": previews[i][1] for i in picked}
+    return _pictures(run, panels, PREVIEW_PIXELS)
 
 
-def _pictures(run: Run, panels: Mapping[str, np.ndarray], pixels: int, small: bool = False) -> str:
-    """Cards of pictures or of point plots, depending on the shape of the arrays."""
-    cards = []
+def _pictures(run: Run, panels: Mapping[str, np.ndarray], pixels: int,
+              count: bool = False) -> list[Picture]:
+    """Pictures or point plots, depending on the shape of the arrays; ``count`` tells how many of
+    the pictures are shown."""
+    made = []
     view = None
     points = [array for array in panels.values() if array.ndim == 2]
     if points:
@@ -227,30 +199,29 @@ def _pictures(run: Run, panels: Mapping[str, np.ndarray], pixels: int, small: bo
                  if _drawable(array) and array.shape[1:] == points[0].shape[1:]]
         view = plots.point_view(*(known or points))
     for name, array in panels.items():
-        caption = name
         broken = int((~np.isfinite(array.reshape(len(array), -1)).all(1)).sum())
         if array.ndim == 2:
-            made = plots.point_scatter({"": array}, view)
-            data, caption = plots.png_bytes(made), f"{name}: {len(array):,} points"
+            png = plots.png_bytes(plots.point_scatter({"": array}, view))
+            caption = f"{name}: {len(array):,} points"
         else:
-            count = int(np.clip(pixels // math.prod(array.shape[2:]), 4, MAX_PICTURES))
-            count = min(len(array), math.isqrt(count) ** 2)
-            buffer = io.BytesIO()
-            # Unclipped samples reach beyond [-1, 1]: at full contrast a black ground would hide it.
-            contrast = 1.0 if run.config.clip_samples else REDUCED_CONTRAST
-            to_pil(grid(array[:count] * contrast)).save(buffer, format="png")
-            data = buffer.getvalue()
-            if count < len(array) and not small:
-                caption += f": {count} of {len(array):,}"
+            shown = int(np.clip(pixels // math.prod(array.shape[2:]), 4, MAX_PICTURES))
+            shown = min(len(array), math.isqrt(shown) ** 2)
+            png = grid_png(array[:shown] * _contrast(run))
+            caption = f"{name}: {shown} of {len(array):,}" if count and shown < len(array) else name
         if broken:
             caption += f" ({broken} with values that are not finite)"
-        cards.append(picture(data, caption))
-    return f'<div class="cards{" small" if small else ""}">{"".join(cards)}</div>' if cards else ""
+        made.append(Picture(png, caption))
+    return made
 
 
-def _curves(run: Run) -> str:
+def _contrast(run: Run) -> float:
+    # Unclipped samples reach beyond [-1, 1]: at full contrast a black ground would hide it.
+    return 1.0 if run.config.clip_samples else REDUCED_CONTRAST
+
+
+def _curves(run: Run) -> list[Picture]:
     if not run.rows:
-        return section("Curves", soft("metrics.jsonl holds no lines yet."))
+        return []
     steps = [row["step"] for row in run.rows]
     quarter = run.config.timesteps / 4
     bands = {f"t {math.ceil(i * quarter)} to {math.ceil((i + 1) * quarter) - 1}": f"fit_band{i}"
@@ -271,14 +242,13 @@ def _curves(run: Run) -> str:
             continue
         columns.append((title, series, log, levels))
     columns += measure_columns(run)
-    cards = []
+    made = []
     for title, series, log, levels in columns:
         series = {label: values for label, values in series.items() if np.isfinite(values).any()}
         if series:
-            made = plots.curves(steps, series, title, log, levels)
-            cards.append(picture(plots.png_bytes(made), alt=title))
-    return section("Curves", soft("Faint: as logged. Bold: moving average."),
-                   f'<div class="cards">{"".join(cards)}</div>')
+            drawn = plots.curves(steps, series, title, log, levels)
+            made.append(Picture(plots.png_bytes(drawn), alt=title))
+    return made
 
 
 def measure_columns(run: Run) -> list[tuple[str, dict[str, np.ndarray], bool, dict[str, float]]]:
@@ -298,79 +268,19 @@ def measure_columns(run: Run) -> list[tuple[str, dict[str, np.ndarray], bool, di
     return columns
 
 
-def _schedule(run: Run) -> str:
-    title = "The ray schedule"
-    config = run.config
-    if not run.config_found:
-        return ""
-    if config.objective in PLAIN_OBJECTIVES:
-        return section(title, soft(f"{config.objective} uses no perturbation."))
+def _schedule(run: Run) -> list[Picture]:
+    if not run.config_found or run.config.objective in PLAIN_OBJECTIVES:
+        return []
     from robustdm.models.load_run import perturbation_of, schedule_of
 
-    schedule, perturbation = schedule_of(config), perturbation_of(config)
-    cards = [
-        picture(plots.png_bytes(plots.schedule_figure(schedule, perturbation, [panel],
-                                                      config.lambda_max)), alt=alt)
+    schedule, perturbation = schedule_of(run.config), perturbation_of(run.config)
+    return [
+        Picture(plots.png_bytes(plots.schedule_figure(schedule, perturbation, [panel],
+                                                      run.config.lambda_max)), alt=alt)
         for panel, alt in (("eps", "radius of the perturbation in units of eps"),
                            ("x", "radius of the perturbation in units of x"),
                            ("lambda", "weight of the regulariser"))
     ]
-    low, high = config.beta_range
-    return section(
-        title,
-        soft(f"Radius of the perturbation and weight of its regulariser at every timestep, for "
-             f"three values of the random factor b (training draws b from {low:g} to {high:g}); "
-             f"schedule {config.schedule}, omega {config.omega:g}, gamma {config.gamma:.4g}."),
-        f'<div class="cards">{"".join(cards)}</div>',
-    )
-
-
-def _commands(run: Run) -> str:
-    here = shlex.quote(str(run.path))
-    out = shlex.quote(str(run.path / "more-samples"))
-    if run.finished:
-        resume = ("Train on (give the new total)",
-                  f"python -m robustdm.train --resume --out {here} "
-                  f"--steps {2 * run.step}")
-    else:
-        resume = "Continue the run", f"python -m robustdm.train --resume --out {here}"
-    commands = (
-        resume,
-        ("Make more samples", f"python -m robustdm.sample --run {here} --num 64 --sampler ddim "
-                              f"--steps {min(run.config.preview_steps, run.config.timesteps)} "
-                              f"--out {out}"),
-        ("Make this page again", f"python -m robustdm.report {here}"),
-    )
-    return section("Commands", *(f"{soft(label)}<pre>{escape(command)}</pre>"
-                                 for label, command in commands))
-
-
-def _config(run: Run) -> str:
-    if not run.config_found:
-        return ""
-    defaults = TrainConfig().to_dict()
-    values = run.config.to_dict()
-    rows = [[key, _plain(value)] for key, value in values.items()]
-    changed = [row for row in rows if values[row[0]] != defaults[row[0]]]
-    return section(
-        "Configuration",
-        soft("What differs from the defaults:") if changed else soft("All defaults."),
-        table(changed),
-        f"<details><summary>All fields</summary>{table(rows)}</details>",
-    )
-
-
-def _provenance(run: Run) -> str:
-    facts = dict(run.provenance)
-    if not facts:
-        return section("Provenance", soft("run.json is not there: the origin is not known."))
-    starts = facts.pop("sessions", None)
-    starts = [item for item in starts if isinstance(item, dict)] if isinstance(starts, list) else []
-    parts = [table(_leaves(facts))]
-    for number, start in enumerate(starts, start=1):
-        parts.append(soft(f"Start {number} of {len(starts)}"))
-        parts.append(table(_leaves(start)))
-    return section("Provenance", *parts)
 
 
 def _leaves(values: Mapping, prefix: str = "") -> list[list[str]]:

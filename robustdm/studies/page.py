@@ -9,12 +9,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from robustdm.reporting import plots, webpage
-from robustdm.reporting.tables import text_table
+from robustdm.reporting.tables import Rows, table_lines, text_table
+from robustdm.reporting.webpage import Picture, Section
 from robustdm.runs.rundir import provenance, write_text
 from robustdm.studies.claims import Claim
 from robustdm.studies.runner import write_results
-
-Rows = Mapping[str, Mapping[str, object]]
 
 
 def write_page(
@@ -39,43 +38,32 @@ def write_page(
         The claims.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {}
+    verdicts = [["claim", "here (mean ± sd over seeds)", "holds if", "paper", "verdict"]]
+    for c in claims:
+        found = f"{c.value:.3g}" if isinstance(c.value, float) else str(c.value or "-")
+        verdicts.append([c.text, found, c.target or "-", c.paper or "-", c.verdict])
+    sections = [Section("Verdicts", table=verdicts, plain=True)]
+    if differs:
+        sections.append(Section("What is not as in the paper", differs))
+    text = [f"# {title}", *(f"- {line}" for line in differs)]
+    for heading, rows in tables.items():
+        sections.append(Section(heading, table=table_lines(rows)))
+        text += [f"## {heading}", text_table(rows, markdown=True)]
+        print(f"{heading}\n{text_table(rows)}\n")
+    if notes:
+        sections.append(Section("How to read it", notes))
+    pictures = []
     for name, (made, caption) in (figures or {}).items():
         png = made if isinstance(made, bytes) else plots.png_bytes(made)
         (out / f"{name}.png").write_bytes(png)
-        pictures[name] = webpage.picture(png, caption, name)
-    body = [
-        f"<header><h1>{webpage.escape(title)}</h1></header>",
-        webpage.section("Verdicts", webpage.table(
-            [[c.text, _words(c.value), c.target or "-", c.paper or "-", c.verdict] for c in claims],
-            ["claim", "here (mean ± sd over seeds)", "holds if", "paper", "verdict"])),
-    ]
-    if differs:
-        body.append(webpage.section("What is not as in the paper", *map(webpage.soft, differs)))
-    sections = [f"# {title}", *(f"- {line}" for line in differs)]
-    for heading, rows in tables.items():
-        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-        body.append(webpage.section(heading, webpage.table(
-            [[name, *(_words(row.get(c)) for c in columns)] for name, row in rows.items()],
-            ["", *columns], numbers=True)))
-        sections += [f"## {heading}", text_table(rows, markdown=True)]
-        print(f"{heading}\n{text_table(rows)}\n")
-    if notes:
-        body.append(webpage.section("How to read it", *map(webpage.soft, notes)))
+        pictures.append(Picture(png, caption, name))
     if pictures:
-        body.append(webpage.section("Figures", *pictures.values()))
-    arguments = " ".join(sys.argv[1:])
-    lines = [f"python -m robustdm.reproduce {arguments}".rstrip(), *commands]
-    body.append(webpage.section("Commands", f"<pre>{webpage.escape(chr(10).join(lines))}</pre>"))
-    made = provenance()
-    body.append(webpage.section("Made with", webpage.table(
-        [[key, value] for key, value in made.items() if not isinstance(value, dict | list)])))
-    write_text(out / "page.html", webpage.document(title, body))
-    write_results(out, [*sections, *notes], claims, records)
+        sections.append(Section("Figures", pictures=pictures))
+    lines = [f"python -m robustdm.reproduce {' '.join(sys.argv[1:])}".rstrip(), *commands]
+    made_with = [[key, value] for key, value in provenance().items()
+                 if not isinstance(value, dict | list)]
+    sections += [Section("Commands", code="\n".join(lines)),
+                 Section("Made with", table=made_with, head=False, plain=True)]
+    write_text(out / "page.html", webpage.page(title, sections))
+    write_results(out, [*text, *notes], claims, records)
     return list(claims)
-
-
-def _words(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

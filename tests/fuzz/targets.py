@@ -438,7 +438,7 @@ class Report(Target):
     def read(self, folder, slot):
         run = read_run(folder)
         run.last("loss"), column(run.rows, "loss")
-        with patch.multiple(run_page, _curves=lambda run: "", _schedule=lambda run: ""):
+        with patch.multiple(run_page, _curves=lambda run: [], _schedule=lambda run: []):
             run_page.page(run)
         lines = rundir.RunDir(folder, -1)
         lines.truncate_metrics(2)
