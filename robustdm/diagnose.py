@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +61,8 @@ class DiagnoseConfig:
 
     path: tyro.conf.Positional[Path]
     """A folder, zip, lmdb, .npy, .npz, CIFAR archive, or hf:NAME[:SPLIT]; an .npz of samples."""
+    data: Literal["images", "cifar10", "cifar100"] = "images"
+    """What it is; images finds out, except for CIFAR in folders."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of most of them, at most 256. Noise that is
     resized is weaker, and no longer white."""
@@ -168,9 +169,9 @@ def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str] | None, int]:
         order = shuffled(config.seed, 0, len(samples))
         order = order[: max(2, _NUMBERS // samples[0].numel())]
         return samples[order], [f"item {k}" for k in order.tolist()], len(samples)
-    _, data, _ = image_set({"data_dir": config.path, "resolution": config.resolution,
-                            "crop": config.crop, "channels": config.channels,
-                            "corrupt_fraction": 0.0})
+    fields = {name: getattr(config, name)
+              for name in ("data", "resolution", "crop", "channels", "seed")}
+    _, data, _ = image_set(fields | {"data_dir": config.path, "corrupt_fraction": 0.0})
     order = shuffled(config.seed, 0, len(data))
     order = order[: max(2, _NUMBERS // max(1, torch.Size(data.shape).numel()))]
     return torch.cat([data.clean(part) for part in order.split(256)]), data.names(order), len(data)
@@ -193,27 +194,25 @@ def _write(out: Path, record: dict, found: Diagnosis, items: Tensor,
 def page(record: dict, found: Diagnosis, items: Tensor) -> str:
     """A page: the record, the noisiest and the cleanest items, and how the noise is spread."""
     from robustdm.reporting import plots, webpage
-    from robustdm.reporting.images import grid, to_pil
+    from robustdm.reporting.images import grid_png
 
-    body = [f"<header><h1>Noise in {webpage.escape(record['of'])} items</h1></header>",
-            f"<pre>{webpage.escape(screen(record))}</pre>"]
+    sections = [webpage.Section("Found", code=screen(record))]
     if len(found.levels):
         order = found.levels.argsort(descending=True)
-        cards = ""
-        for caption, chosen in (("noisiest items", order[:_SHOWN]),
-                                ("cleanest items", order[-_SHOWN:].flip(0))):
-            buffer = io.BytesIO()
-            to_pil(grid(items[chosen].clamp(-1, 1))).save(buffer, format="png")
-            cards += webpage.picture(buffer.getvalue(), caption)
-        body.append(webpage.section("Items", f'<div class="cards">{cards}</div>'))
+        if items.ndim == 4:
+            sections.append(webpage.Section("Items", columns="wide", pictures=[
+                webpage.Picture(grid_png(items[chosen].clamp(-1, 1)), caption)
+                for caption, chosen in (("noisiest items", order[:_SHOWN]),
+                                        ("cleanest items", order.flip(0)[:_SHOWN]))]))
         made, axes = plots.figure(1, 1, size=(5.0, 3.0))
         axes[0, 0].hist(found.levels.numpy(), bins=60, color=plots.COLOURS[0])
         axes[0, 0].axvline(record["sigma"], color=plots.INK, linestyle=":")
         axes[0, 0].set(xlabel="noise of an item, standard deviation", ylabel="items")
-        body.append(webpage.section("Spread", webpage.picture(plots.png_bytes(made)), webpage.soft(
-            "The noise of single items is rough: texture counts as noise. The dotted line is the "
-            "noise of those that carry it, measured over the set.")))
-    return webpage.document("Noise", body)
+        sections.append(webpage.Section(
+            "Spread", pictures=[webpage.Picture(plots.png_bytes(made), "noise of the items")],
+            notes=["The noise of a single item is rough: texture counts as noise. The dotted line "
+                   "is the noise of those that carry it, measured over the set."]))
+    return webpage.page(f"Noise in {record['of']} items", sections)
 
 
 if __name__ == "__main__":

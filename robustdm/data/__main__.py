@@ -30,7 +30,7 @@ class DataConfig:
     path: tyro.conf.Positional[Path]
     """A folder, zip, lmdb, .npy, .npz, CIFAR archive, or hf:NAME[:SPLIT]."""
     data: Literal["images", "cifar10", "cifar100"] = "images"
-    """What it is; images finds out, but for CIFAR in folders."""
+    """What it is; images finds out, except for CIFAR in folders."""
     resolution: int | None = None
     """Side of the images in pixels; by default that of most of them, at most 256."""
     crop: int = 0

@@ -149,7 +149,7 @@ def mixture(data: Tensor, rms: float | None = None) -> Mixture:
     rms = smallest_variance(data) ** 0.5 if rms is None else rms
     none = torch.zeros(len(data), dtype=torch.bool)
     images = data.ndim == 4 and min(data.shape[2:]) >= _TEXTURED
-    null = _null_levels(data)
+    null = None if images else _null_levels(data)
     if null is not None:
         raw = null
     elif images:
