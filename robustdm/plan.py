@@ -279,7 +279,7 @@ def _subspace_measures(config, setting) -> dict[str, float]:
 
     from robustdm.method.closed_form import generated_deviation
     from robustdm.models.load_run import schedule_of
-    from robustdm.studies.subspace import SDS
+    from robustdm.studies.scales import SDS
 
     noise = config.corrupt_fraction * config.corrupt_sigma**2
     truth = torch.tensor(SDS, dtype=torch.float64)

@@ -22,15 +22,14 @@ Name = Literal[
 
 
 @dataclass(frozen=True)
-class Study:
+class Entry:
     """One entry of ``--list``.
 
     Attributes:
-        where: module and function. A function of the paper's takes a ``Scale``, the others out,
-            seeds, steps and jobs.
+        where: module of `robustdm.studies`, and its class.
         claim: what it is about.
         minutes: measured time of the tiny scale with three seeds, on two CPU cores.
-        scales: that it has; of the project's own studies, none.
+        scales: that it has; of the project's own studies, which are tiny, none.
         takes: flags that it has besides.
         features: whether small and full measure in a feature space.
     """
@@ -45,33 +44,33 @@ class Study:
 
 _ALL = ("tiny", "small", "full")
 STUDIES = {
-    "fig2": Study("flow:fig2", "on 3-D sets with noise, robust_adv finds the data, DDPM the noise, "
-                  "and invariance diverges", 7, ("tiny",)),
-    "fig3": Study("denoising:fig3", "on a known subspace, robust models leave less noise, and "
+    "fig2": Entry("fig2:Figure2", "on 3-D sets with noise, robust_adv finds the data, DDPM the "
+                  "noise, and invariance diverges", 7, ("tiny",)),
+    "fig3": Entry("fig3:Figure3", "on a known subspace, robust models leave less noise, and "
                   "invariance fails", 15, _ALL, features=False),
-    "fig6-left": Study("memorisation:fig6_left", "robust models memorise less", 11, _ALL),
-    "fig6-right": Study("flow:fig6_right", "robust sampling paths are sharper and straighter", 3,
-                        ("tiny",)),
-    "fig7": Study("denoising:fig7", "lambda trades noise for smoothing", 11, _ALL),
-    "fig8": Study("attacked:fig8", "robust models resist attacks on the trajectory", 10, _ALL),
-    "table1": Study("denoising:table1", "adversarial beats random; fewer steps suffice", 14, _ALL),
-    "table2": Study("denoising:table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 11,
+    "fig6-left": Entry("fig6_left:Figure6Left", "robust models memorise less", 11, _ALL),
+    "fig6-right": Entry("fig6_right:Figure6Right", "robust sampling paths are sharper and "
+                        "straighter", 3, ("tiny",)),
+    "fig7": Entry("fig7:Figure7", "lambda trades noise for smoothing", 11, _ALL),
+    "fig8": Entry("fig8:Figure8", "robust models resist attacks on the trajectory", 10, _ALL),
+    "table1": Entry("table1:Table1", "adversarial beats random; fewer steps suffice", 14, _ALL),
+    "table2": Entry("table2:Table2", "with 90 % noisy data robust_adv beats DDPM and DDIM", 11,
                     _ALL),
-    "fig24": Study("denoising:fig24", "first the noise goes, then the details come", 8, _ALL),
-    "timecost": Study("timecost:timecost", "a step costs 2.5 times DDPM's", 6, _ALL),
-    "calibration": Study("calibration:run", "how far the corrupted training set is from the clean "
-                         "one", 0.2, takes=("data_dir", "features", "weights", "count")),
-    "finetune": Study("finetune:finetune", "Table 4: a part of the budget makes a DDPM robust", 14,
+    "fig24": Entry("fig24:Figure24", "first the noise goes, then the details come", 8, _ALL),
+    "timecost": Entry("timecost:TimeCost", "a step costs 2.5 times DDPM's", 6, _ALL),
+    "calibration": Entry("calibration:Calibration", "how far the corrupted training set is from "
+                         "the clean one", 0.2, takes=("data_dir", "features", "weights", "count")),
+    "finetune": Entry("finetune:FineTune", "Table 4: a part of the budget makes a DDPM robust", 14,
                       _ALL),
-    "finetune-digits": Study("finetune:finetune_digits", "the same on handwritten digits", 60,
+    "finetune-digits": Entry("finetune:FineTuneDigits", "the same on handwritten digits", 60,
                              ("tiny",)),
-    "subspace": Study("subspace:run", "all objectives where noise is measured exactly", 14),
-    "invitro": Study("invitro:run", "all objectives on the 3-D sets", 12),
-    "digits": Study("digits:run", "all objectives on handwritten digits", 60),
-    "lambda-mode": Study("lambda_mode:run", "which reading of lambda_t should be the default", 45,
-                         takes=("butterflies",)),
-    "approximations": Study("approximations:run", "what cheaper training than the exact method "
-                            "gives", 180),
+    "subspace": Entry("subspace:Subspace", "all objectives where noise is measured exactly", 14),
+    "invitro": Entry("invitro:InVitro", "all objectives on the 3-D sets", 12),
+    "digits": Entry("digits:Digits", "all objectives on handwritten digits", 60),
+    "lambda-mode": Entry("lambda_mode:LambdaMode", "which reading of lambda_t should be the "
+                         "default", 45, takes=("butterflies",)),
+    "approximations": Entry("approximations:Approximations", "what cheaper training than the exact "
+                            "method gives", 180),
 }
 
 
@@ -133,31 +132,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             raise UsageError(f"{key} is {value}: it must be at least 1")
     from robustdm.studies.runner import arms_directory
+    from robustdm.studies.scales import make_scale
 
-    study = STUDIES[config.name]
+    entry = STUDIES[config.name]
     scale = config.scale or "tiny"
-    if scale not in (study.scales or ("tiny",)):
-        known = ", ".join(study.scales or ("tiny",))
+    if scale not in (entry.scales or ("tiny",)):
+        known = ", ".join(entry.scales or ("tiny",))
         raise UsageError(f"scale is {config.scale!r}: the scales of {config.name} are: {known}")
     suffix = f"-{scale}" if scale != "tiny" else ""
     out = config.out or Path("runs/reproduce") / f"{config.name}{suffix}"
     if config.fresh:
         _move_aside(arms_directory(out))
-    module, function = study.where.split(":")
-    run = getattr(import_module(f"robustdm.studies.{module}"), function)
-    if study.scales:
-        from robustdm.studies.scales import make_scale
-
-        claims = run(make_scale(scale, out, config.seeds, config.jobs, config.steps,
-                                config.data_dir, config.features, config.weights,
-                                study.features))
-    else:
-        extra = {key: getattr(config, key) for key in study.takes}
-        claims = run(out, config.seeds, config.steps, config.jobs, **extra)
-    for claim in claims:
+    module, name = entry.where.split(":")
+    study = getattr(import_module(f"robustdm.studies.{module}"), name)
+    own = {key: getattr(config, key) for key in entry.takes}
+    data = {key: getattr(config, key) for key in ("data_dir", "features", "weights")
+            if entry.scales}
+    made = make_scale(scale, out, config.seeds, config.jobs, config.steps,
+                      needs_features=entry.features, **data)
+    for claim in study(made, **own).run():
         print(claim)
-    page = "page.html" if (out / "page.html").exists() else "table.md"
-    print(f"table, figures and records: {out / page}")
+    print(f"table, figures and records: {out / 'page.html'}")
     return 0
 
 
@@ -173,9 +168,9 @@ def _move_aside(kept: Path) -> None:
 def overview() -> str:
     """What ``--list`` prints."""
     lines = [f"{'name':<14}  {'minutes':>7}  {'scales':<17}  claim"]
-    for name, study in STUDIES.items():
-        scales = ", ".join(study.scales) or "-"
-        lines.append(f"{name:<14}  {study.minutes:>7g}  {scales:<17}  {study.claim}")
+    for name, entry in STUDIES.items():
+        scales = ", ".join(entry.scales) or "-"
+        lines.append(f"{name:<14}  {entry.minutes:>7g}  {scales:<17}  {entry.claim}")
     lines += ["", "minutes: tiny, three seeds, on two CPU cores; small and full are for a GPU and "
               "have not been timed"]
     return "\n".join(lines)

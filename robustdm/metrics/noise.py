@@ -27,6 +27,7 @@ _BATCH = 256  # images whose patches are held at once
 _PER_DIMENSION = 4  # items for each dimension of a covariance, at least
 _FOLDS = 8
 _DIRECTIONS = 5  # without variance, from which the noise of one item is read, at least
+_CLEANER = 0.75  # noise of the lower of two groups over that of the upper, if they differ
 _TEXTURED = 16  # side of the pictures that have smooth parts, at least
 
 
@@ -170,7 +171,7 @@ def mixture(data: Tensor, rms: float | None = None) -> Mixture:
         sure = raw >= raw[upper].median()
         if min(int((~upper).sum()), int(sure.sum())) >= 2:
             high, low = (smallest_variance(data[group]) ** 0.5 for group in (sure, ~upper))
-            if low < high / 2:
+            if low < _CLEANER * high:
                 sigma, noisy = max(high, rms), upper
                 share = (rms / sigma) ** 2
     texture = raw[noisy].square().mean() - sigma**2
@@ -392,12 +393,15 @@ def _diagnose_images(x: Tensor) -> Diagnosis:
         return Diagnosis("constant", 0.0, 0.0, 0.0, 0)
     some = x[:ITEMS]
     spread = mixture(x, smallest_variance(some) ** 0.5)
-    noisy = spread.noisy if spread.noisy.any() else ~spread.noisy
+    # Noisy without doubt: among the others may be clean ones.
+    sure = torch.ones(len(x), dtype=torch.bool)
+    if 0 < spread.share < 1:
+        sure = spread.noisy & (spread.levels >= spread.levels[spread.noisy].median())
     if min(x.shape[2:]) < _TEXTURED:  # nothing is flat in so small pictures
         return Diagnosis("clean" if not spread.share else "mixture" if spread.share < 1 else
                          "gaussian", spread.sigma, spread.share, spread.rms, 0,
                          levels=spread.levels, flagged=spread.noisy)
-    residuals = flat_residuals(x[noisy][:ITEMS])
+    residuals = flat_residuals(x[sure][:ITEMS])
     # The flattest of many squares have about .8 of the noise; what clean data read there is less.
     floor = residuals.double().square().mean((1, 2, 3)).quantile(0.4).sqrt().item()
     apart = isolated(x[:_NEIGHBOURS])

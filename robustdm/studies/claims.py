@@ -144,7 +144,41 @@ def ratio_claim(
     return judge(text, ratios, at_most, at_least, paper, ratio=True)
 
 
-def by_seed(records: Sequence[dict], group: str, name: str, measure: str) -> list[float]:
-    """One arm's measure, a value per seed in rising order."""
-    found = [r for r in records if (r["group"], r["name"]) == (group, name)]
-    return [r["measures"][measure] for r in sorted(found, key=lambda r: r["seed"])]
+class Results:
+    """Records of arms, looked up by group, name and measure.
+
+    Attributes:
+        records: each with group, name, seed and measures.
+    """
+
+    def __init__(self, records: Sequence[dict]):
+        self.records = list(records)
+
+    def __call__(self, group: str, name: str, measure: str) -> list[float]:
+        """One arm's measure, a value per seed in rising order."""
+        found = [r for r in self.records if (r["group"], r["name"]) == (group, name)]
+        return [r["measures"][measure] for r in sorted(found, key=lambda r: r["seed"])]
+
+    def ratio(self, text: str, group: str, above: str, below: str, measure: str, paper: str = "",
+              **limits) -> Claim:
+        """See ``ratio_claim``, of two arms of a group; their names fill the braces of the text."""
+        return ratio_claim(text.format(above, below), self(group, above, measure),
+                           self(group, below, measure), paper=paper, **limits)
+
+    def rows(self, group: str, columns: Sequence[str]) -> dict[str, dict[str, Spread]]:
+        """Rows of a table: arm name -> {measure: spread over its seeds}."""
+        rows: dict[str, dict[str, Spread]] = {}
+        for name in dict.fromkeys(r["name"] for r in self.records if r["group"] == group):
+            mine = [r for r in self.records if (r["group"], r["name"]) == (group, name)]
+            rows[name] = {}
+            for column in columns:
+                values = [r["measures"].get(column, r.get(column)) for r in mine]
+                values = [v for v in values if v is not None]
+                if values:
+                    rows[name][column] = spread(values)
+        return rows
+
+    def tables(self, columns: Sequence[str]) -> dict[str, dict[str, dict[str, Spread]]]:
+        """A table per group."""
+        return {group: self.rows(group, columns)
+                for group in dict.fromkeys(record["group"] for record in self.records)}

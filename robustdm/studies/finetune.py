@@ -8,23 +8,17 @@ forward passes (``Objective.units``), so that cheap losses take more steps for t
 Source: Briglia et al. 2026, appendix F.2 and Table 4.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import statistics
-from collections.abc import Sequence
+from dataclasses import replace
 
-from robustdm.data import load_data
 from robustdm.method.baselines import Baseline
 from robustdm.reporting import plots
 from robustdm.runs.config import TrainConfig
-from robustdm.runs.presets import preset_values
-from robustdm.studies.approximations import units
-from robustdm.studies.claims import Claim, by_seed, ratio_claim
-from robustdm.studies.denoising import sheet
-from robustdm.studies.page import write_page
-from robustdm.studies.runner import Arm, baseline_arms, summarise
-from robustdm.studies.scales import METHODS, Scale, corrupted
+from robustdm.studies.claims import Claim, Results
+from robustdm.studies.robustness import units
+from robustdm.studies.runner import Arm, shrunk_arms
+from robustdm.studies.scales import METHODS, OBJECTIVES, Scale, corrupted, noise_name
+from robustdm.studies.study import Line, Study, line_figure
 from robustdm.studies.tradeoff import equal_signal_claim
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
@@ -35,7 +29,7 @@ AS_BEFORE = "robust_adv, learning rate as before"
 WAYS = {
     CONTINUED: METHODS["DDPM"],
     "robust_adv": METHODS["robust_adv"],
-    "outward_ran": dict(objective="outward_ran", lambda_mode="ray"),
+    "outward_ran": OBJECTIVES["outward_ran"],
     "robust_adv, reg_fraction 0.25": METHODS["robust_adv"] | dict(reg_fraction=0.25),
     AS_BEFORE: METHODS["robust_adv"],
 }
@@ -66,153 +60,149 @@ def row(way: str, share: float, lam: float = 0.0) -> str:
     return f"{way}, {share:.0%}" + (f", shrunk {lam:g}" if lam else "")
 
 
-def arms(scale: Scale, sigma: float) -> tuple[str, list[Arm]]:
-    """The group and its arms."""
-    group, made = f"90 % with sigma {sigma:g}", []
-    for seed in range(scale.seeds):
-        plain = scale.arm(group, PRETRAINED, METHODS["DDPM"] | corrupted(sigma), seed)
-        whole = scale.arm(group, SCRATCH, METHODS["robust_adv"] | corrupted(sigma), seed)
-        budget = units(whole.config) * whole.config.steps
-        spent = units(plain.config) * plain.config.steps
-        made += [plain, whole,
-                 *(a for a in baseline_arms(plain, 0.0, SHRUNK) if "shrunk" in a.name)]
-        for way, fields in WAYS.items():
-            rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
-            for share in shares(way):
-                tuned = scale.arm(group, row(way, share), fields | corrupted(sigma) | dict(lr=rate),
-                                  seed)
-                made.append(_lasting(tuned, share * budget, plain.config))
-                if share == SHARES[0] and (lam := THEN_SHRUNK.get(way)):
-                    made.append(dataclasses.replace(made[-1], name=row(way, share, lam),
-                                                    baseline=Baseline("shrink", lam)))
-        for share in shares(SAME_TOTAL):
-            both = dataclasses.replace(whole, name=row(SAME_TOTAL, share))
-            made.append(_lasting(both, spent + share * budget, None))
-    return group, made
+class FineTune(Study):
+    """Noise left and signal kept against the share of the budget."""
+
+    title = "Table 4: robust fine-tuning"
+    references = True
+    contrast = 1.0
+    paper = {"the paper's Table 4, CelebA, FID": {
+        "DDPM continued": {"sigma 0.1": "65.4", "sigma 0.2": "100.68"},
+        "robust_adv, the last 100 epochs": {"sigma 0.1": "23.3", "sigma 0.2": "25.8"},
+        "robust_adv from scratch (Table 2)": {"sigma 0.1": "14.54", "sigma 0.2": "16.53"}}}
+    notes = (
+        "A share is of the work of robust_adv from scratch. The DDPM that fine-tuning starts from "
+        "counts as given, but for the rows of the same total cost.",
+        "Fine-tuning restarts Adam and the average of the weights; the average's decay rises from "
+        "0.1, so that a short run does not return the old weights. A fifth of the first training's "
+        f"learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps. 'Shrunk' rows "
+        "sample as the shrunk DDPM does, from the fine-tuned network.")
+
+    def __init__(self, scale: Scale):
+        super().__init__(scale)
+        self.sigma = TrainConfig(**scale.base).corrupt_sigma
+        self.group = noise_name(self.sigma)
+
+    @property
+    def columns(self):
+        return ["units", self.scale.noise, "signal", "frechet", "recall", "train_cpu_s"]
+
+    def arms(self):
+        made = []
+        for seed in range(self.scale.seeds):
+            def arm(name, fields, seed=seed):
+                return self.scale.arm(self.group, name, fields | corrupted(self.sigma), seed)
+
+            plain, whole = arm(PRETRAINED, METHODS["DDPM"]), arm(SCRATCH, METHODS["robust_adv"])
+            spent, budget = (units(a.config) * a.config.steps for a in (plain, whole))
+            made += [plain, whole, *shrunk_arms(plain, SHRUNK)]
+            for way, fields in WAYS.items():
+                rate = plain.config.lr * (1.0 if way == AS_BEFORE else SLOWER)
+                for share in shares(way):
+                    tuned = arm(row(way, share), fields | dict(lr=rate))
+                    made.append(_lasting(tuned, share * budget, plain.config))
+                    if share == SHARES[0] and (lam := THEN_SHRUNK.get(way)):
+                        made.append(replace(made[-1], name=row(way, share, lam),
+                                            baseline=Baseline("shrink", lam)))
+            made += [_lasting(replace(whole, name=row(SAME_TOTAL, share)), spent + share * budget)
+                     for share in shares(SAME_TOTAL)]
+        return made
+
+    def probe(self, arm):
+        return {"units": units(arm.config) * arm.config.steps}
+
+    def compare(self, of):
+        def ratio(text, above, below, measure, **more):
+            return of.ratio(text, self.group, above, below, measure, **more)
+
+        def equal_signal(name):
+            return equal_signal_claim(of, self.group, name, self.scale.noise)
+
+        claims = [claim for way in WAYS if way != CONTINUED for share in shares(way)
+                  for claim in self._near(of, row(way, share))]
+        claims += [equal_signal(row(way, share)) for way in WAYS
+                   if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
+        claims += [equal_signal(row(way, SHARES[0], lam)) for way, lam in THEN_SHRUNK.items()]
+        claims += [ratio("{}: noise left / robust_adv from scratch for what both trainings cost",
+                         row("robust_adv", share), row(SAME_TOTAL, share), self.scale.noise)
+                   for share in shares(SAME_TOTAL)]
+        if self.scale.features:
+            tuned = row("robust_adv", 0.2)
+            claims += [
+                ratio("distance, robust_adv for 20 % / DDPM continued for as much", tuned,
+                      row(CONTINUED, 0.2), "frechet", paper="23.3 / 65.4 and 25.8 / 100.68"),
+                ratio("distance, robust_adv for 20 % / from scratch ('similar results')", tuned,
+                      SCRATCH, "frechet", at_least=0.8, at_most=1.25,
+                      paper="23.3 / 14.54 and 25.8 / 16.53"),
+            ]
+        return claims
+
+    def _near(self, of: Results, name: str) -> tuple[Claim, Claim]:
+        return (
+            of.ratio("{}: noise left / from scratch's", self.group, name, SCRATCH,
+                     self.scale.noise, at_most=NEAR),
+            of.ratio("{}: signal / from scratch's", self.group, name, SCRATCH, "signal",
+                     at_least=1 / NEAR))
+
+    def read(self, of):
+        def mean(name, measure):
+            return statistics.fmean(of(self.group, name, measure))
+
+        def first(found):
+            return f"{min(found):.0%}" if found else "none"
+
+        answers, noise = [], self.scale.noise
+        for way in WAYS:
+            tried = {share: row(way, share) for share in shares(way)}
+            means = [share for share, name in tried.items()
+                     if mean(name, noise) <= NEAR * mean(SCRATCH, noise)
+                     and mean(name, "signal") >= mean(SCRATCH, "signal") / NEAR]
+            sure = [share for share, name in tried.items()
+                    if all(claim.holds for claim in self._near(of, name))]
+            answers.append(
+                f"{way} (tried: {', '.join(f'{share:.0%}' for share in tried)}): smallest share "
+                f"within 10 % of from-scratch in the mean {first(means)}, surely (95 % over seeds) "
+                f"{first(sure)}.")
+        return [self.notes[0], *answers, *self.notes[1:]]
+
+    def figures(self, of):
+        rows = of.rows(self.group, self.columns)
+        colours = dict(zip(WAYS, plots.COLOURS, strict=False)) | {SAME_TOTAL: plots.INK}
+        lines = []
+        for way, colour in colours.items():
+            names = [row(way, share) for share in shares(way)]
+            lines.append(Line(way, [rows[name]["train_cpu_s"].mean for name in names],
+                              [(self.group, name) for name in names], colour))
+        measures = (self.scale.noise, "signal")
+        made = line_figure(of, measures, lines, "training, s of one processor", "log")
+        for ax, measure in zip(made.axes, measures, strict=True):
+            for style, name in ((":", PRETRAINED), ("-", SCRATCH), ("--", "DDPM, shrunk 0.1")):
+                ax.axhline(rows[name][measure].mean, color=plots.INK, linestyle=style, linewidth=1,
+                           label=name)
+            ax.axvline(rows[SCRATCH]["train_cpu_s"].mean, color=plots.INK, linestyle=":",
+                       linewidth=0.5)
+        made.axes[0].set_yscale("log")
+        made.axes[0].legend(fontsize=5, loc="lower left")
+        caption = ("Points: shares of the budget. Vertical line: from scratch. Without the DDPM's "
+                   "own time, but for the same total cost.")
+        return {"finetune": (made, caption)} | super().figures(of)
 
 
-def _lasting(arm: Arm, work: float, start: TrainConfig | None) -> Arm:
+class FineTuneDigits(FineTune):
+    """The same on handwritten digits."""
+
+    def __init__(self, scale: Scale):
+        scale = scale.on("digits", 128, 1200, noise="noise_rms", signal=("pixel_std",))
+        super().__init__(replace(scale, differs=(
+            "Data: handwritten digits of 8x8 pixels, 90 % with sigma 0.2.",
+            f"A UNet of 0.43 million parameters, {scale.base['steps']:,} steps of 64; 128 samples.",
+            "Noise is measured on pixels that are constant in clean digits; signal is pixel_std.")))
+
+
+def _lasting(arm: Arm, work: float, start: TrainConfig | None = None) -> Arm:
     """The arm with as many steps as the work allows."""
     steps = max(1, round(work / units(arm.config)))
     changed = {"steps": steps}
     if start is not None:  # the weights are good already: a short warm-up, for Adam's moments
         changed["warmup_steps"] = min(arm.config.warmup_steps, max(1, steps // 10))
-    return dataclasses.replace(arm, config=dataclasses.replace(arm.config, **changed), start=start)
-
-
-def finetune(scale: Scale, sigma: float | None = None) -> list[Claim]:
-    """Noise left and signal kept against the share of the budget.
-
-    Args:
-        sigma: corruption; by default the data's own.
-    """
-    sigma = TrainConfig(**scale.base).corrupt_sigma if sigma is None else sigma
-    group, todo = arms(scale, sigma)
-    records = scale.run(todo)
-    for arm, record in zip(todo, records, strict=True):
-        record["measures"]["units"] = units(arm.config) * arm.config.steps
-    records += scale.references(todo)
-    noise, kept = scale.noise, "signal"
-
-    def values(name: str, measure: str) -> list[float]:
-        return by_seed(records, group, name, measure)
-
-    def near(way: str, share: float) -> tuple[Claim, Claim]:
-        name = row(way, share)
-        return (
-            ratio_claim(f"{name}: noise left / from scratch's", values(name, noise),
-                        values(SCRATCH, noise), at_most=NEAR),
-            ratio_claim(f"{name}: {kept} / from scratch's", values(name, kept),
-                        values(SCRATCH, kept), at_least=1 / NEAR))
-
-    claims, answers = [], []
-    for way in WAYS:
-        found = {share: near(way, share) for share in shares(way)}
-        if way != CONTINUED:
-            claims += [claim for both in found.values() for claim in both]
-        means = [share for share in found if _near_in_the_mean(values, row(way, share), noise,
-                                                                kept)]
-        sure = [s for s, both in found.items() if all(c.holds for c in both)]
-        tried = ", ".join(f"{share:.0%}" for share in found)
-        answers.append(f"{way} (tried: {tried}): smallest share within 10 % of from-scratch in the "
-                       f"mean {_first(means)}, surely (95 % over seeds) {_first(sure)}.")
-    claims += [equal_signal_claim(records, group, row(way, share), noise, kept)
-               for way in WAYS if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
-    claims += [equal_signal_claim(records, group, row(way, SHARES[0], lam), noise, kept)
-               for way, lam in THEN_SHRUNK.items()]
-    claims += [ratio_claim(f"{row('robust_adv', share)}: noise left / robust_adv from scratch for "
-                           "what both trainings cost", values(row("robust_adv", share), noise),
-                           values(row(SAME_TOTAL, share), noise)) for share in shares(SAME_TOTAL)]
-    if scale.features:
-        found = {name: values(name, "frechet") for name in (
-            row("robust_adv", 0.2), row(CONTINUED, 0.2), SCRATCH)}
-        claims += [
-            ratio_claim("distance, robust_adv for 20 % / DDPM continued for as much",
-                        found[row("robust_adv", 0.2)], found[row(CONTINUED, 0.2)],
-                        paper="23.3 / 65.4 and 25.8 / 100.68"),
-            ratio_claim("distance, robust_adv for 20 % / from scratch ('similar results')",
-                        found[row("robust_adv", 0.2)], found[SCRATCH], at_least=0.8, at_most=1.25,
-                        paper="23.3 / 14.54 and 25.8 / 16.53"),
-        ]
-    rows = summarise(records, ["units", noise, kept, "frechet", "recall", "train_cpu_s"])
-    return write_page(
-        scale.out, f"Table 4: robust fine-tuning ({scale.name})",
-        {"the paper's Table 4, CelebA, FID": {
-            "DDPM continued": {"sigma 0.1": "65.4", "sigma 0.2": "100.68"},
-            "robust_adv, the last 100 epochs": {"sigma 0.1": "23.3", "sigma 0.2": "25.8"},
-            "robust_adv from scratch (Table 2)": {"sigma 0.1": "14.54", "sigma 0.2": "16.53"}},
-         group: rows}, claims, records, scale.differs, (
-            "A share is of the work of robust_adv from scratch. The DDPM that fine-tuning starts "
-            "from counts as given, but for the rows of the same total cost.",
-            *answers,
-            "Fine-tuning restarts Adam and the average of the weights; the average's decay rises "
-            "from 0.1, so that a short run does not return the old weights. A fifth of the first "
-            f"training's learning rate (but for '{AS_BEFORE}'), warm-up a tenth of the steps. "
-            "'Shrunk' rows sample as the shrunk DDPM does, from the fine-tuned network.",
-        ), {"finetune": (_figure(scale, group, rows), "Points: shares of the budget. Vertical "
-                         "line: from scratch. Without the DDPM's own time, but for the same total "
-                         "cost.")}
-        | sheet(scale, todo))
-
-
-def _near_in_the_mean(values, name: str, noise: str, kept: str) -> bool:
-    def mean(of: str, measure: str) -> float:
-        return statistics.fmean(values(of, measure))
-
-    return (mean(name, noise) <= NEAR * mean(SCRATCH, noise)
-            and mean(name, kept) >= mean(SCRATCH, kept) / NEAR)
-
-
-def _first(found: Sequence[float]) -> str:
-    return f"{min(found):.0%}" if found else "none"
-
-
-def _figure(scale: Scale, group: str, rows: dict):
-    made, axes = plots.figure(1, 2, size=(4.8, 3.8))
-    for ax, measure in zip(axes[0], (scale.noise, "signal"), strict=True):
-        for i, way in enumerate((*WAYS, SAME_TOTAL)):
-            colour = plots.INK if way == SAME_TOTAL else plots.COLOURS[i]
-            found = [rows[row(way, share)] for share in shares(way)]
-            ax.errorbar([r["train_cpu_s"].mean for r in found], [r[measure].mean for r in found],
-                        [r[measure].sd for r in found], color=colour, marker="o", markersize=3,
-                        label=way)
-        for style, name in ((":", PRETRAINED), ("-", SCRATCH), ("--", "DDPM, shrunk 0.1")):
-            ax.axhline(rows[name][measure].mean, color=plots.INK, linestyle=style, linewidth=1,
-                       label=name)
-        whole = rows[SCRATCH]["train_cpu_s"].mean
-        ax.axvline(whole, color=plots.INK, linestyle=":", linewidth=0.5)
-        ax.set(xlabel="training, s of one processor", title=measure, xscale="log",
-               yscale="log" if measure == scale.noise else "linear")
-    axes[0, 0].legend(fontsize=5, loc="lower left")
-    return made
-
-
-def finetune_digits(scale: Scale) -> list[Claim]:
-    """The same on handwritten digits."""
-    base = preset_values("digits") | {"steps": scale.steps or 1200}
-    return finetune(dataclasses.replace(
-        scale, base=base, samples=128, noise="noise_rms", signal=("pixel_std",), features=None,
-        make_data=load_data, differs=(
-            "Data: handwritten digits of 8x8 pixels, 90 % with sigma 0.2.",
-            f"A UNet of 0.43 million parameters, {base['steps']:,} steps of 64; 128 samples.",
-            "Noise is measured on pixels that are constant in clean digits; signal is pixel_std.")))
+    return replace(arm, config=replace(arm.config, **changed), start=start)

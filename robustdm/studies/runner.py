@@ -32,7 +32,7 @@ from robustdm.models.pretrained import ORIGIN_FIELDS
 from robustdm.reporting.progress import duration
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.rundir import CHANGEABLE, git_revision, parse_json, provenance
-from robustdm.studies.claims import Claim, Spread, spread
+from robustdm.studies.claims import Claim
 from robustdm.training.trainer import Trainer
 
 SHRUNK_LAM = (0.1, 0.3)
@@ -120,27 +120,37 @@ class Arm:
         return f"{words}-seed{self.config.seed}-{_digest(values)}"
 
 
-def baseline_arms(
-    plain: Arm, sigma: float | None, shrunk: Sequence[float] = SHRUNK_LAM
-) -> list[Arm]:
+def shrunk_arms(plain: Arm, strengths: Sequence[float]) -> list[Arm]:
+    """The network of an arm of plain DDPM, shrunk."""
+    return [dataclasses.replace(plain, name=f"DDPM, shrunk {lam:g}",
+                                baseline=Baseline("shrink", lam)) for lam in strengths]
+
+
+KNOWN = "DDPM, noise known"
+
+
+def baseline_arms(plain: Arm, shrunk: Sequence[float] = SHRUNK_LAM) -> list[Arm]:
     """What the paper leaves out beside an arm of plain DDPM: its network queried otherwise (shrunk;
-    corrected for the noise, of known strength), its samples blurred, if images, and as much work as
-    robust_adv takes.
+    corrected for noise whose strength it is told), its samples blurred, if images, and as much work
+    as robust_adv takes.
+
+    Noise of points gives no strength to correct for; clean data get neither that nor the work.
 
     Args:
-        sigma: standard deviation of the corruption, which a share of ``corrupt_fraction`` has; None
-            for noise of another kind, which gives no strength to correct for; 0 for clean data,
-            which get neither that nor the work.
         shrunk: strengths of the shrunk DDPM.
     """
-    known = {f"DDPM, shrunk {lam:g}": Baseline("shrink", lam) for lam in shrunk}
+    points = plain.config.data in ("plane", "gaussians")
+    sigma = 0.0 if points else plain.config.corrupt_sigma
+    known = {}
     if sigma:
-        known["DDPM, noise known"] = Baseline("known", sigma * plain.config.corrupt_fraction**0.5)
+        # Of items that nobody has flagged, what counts is the root mean square over all.
+        known[KNOWN] = Baseline("known", plain.config.corrupt_fraction**0.5 * sigma)
     if plain.config.data in ("digits", "images", "cifar10"):
         known["DDPM, blurred"] = Baseline("blur")
-    made = [dataclasses.replace(plain, name=name, baseline=baseline)
-            for name, baseline in known.items()]
-    if sigma != 0:
+    made = shrunk_arms(plain, shrunk) + [
+        dataclasses.replace(plain, name=name, baseline=baseline)
+        for name, baseline in known.items()]
+    if sigma or points:
         steps = round(plain.config.steps * ADV_UNITS / DDPM_UNITS)
         made.append(dataclasses.replace(
             plain, name=EQUAL_WORK, config=dataclasses.replace(plain.config, steps=steps)))
@@ -365,20 +375,6 @@ def _load_model(arm: Arm, kept: Path, data: Data) -> torch.nn.Module:
 def load_samples(arm: Arm, out: Path) -> torch.Tensor:
     """The first ``KEPT`` samples of a finished arm, as drawn."""
     return load_file(arms_directory(out) / f"{arm.key}-samples.safetensors")["samples"]
-
-
-def summarise(records: Sequence[dict], columns: Sequence[str]) -> dict[str, dict[str, Spread]]:
-    """Rows of one table: arm name -> {measure: spread over its seeds}."""
-    rows: dict[str, dict[str, Spread]] = {}
-    for name in dict.fromkeys(record["name"] for record in records):
-        mine = [record for record in records if record["name"] == name]
-        rows[name] = {}
-        for column in columns:
-            values = [r["measures"].get(column, r.get(column)) for r in mine]
-            values = [v for v in values if v is not None]
-            if values:
-                rows[name][column] = spread(values)
-    return rows
 
 
 def write_results(out: Path, sections: Sequence[str], claims: Sequence[Claim], records) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from robustdm.data import Data, load_data
+from robustdm.data import Corruption, Data, SubspaceData, load_data
 from robustdm.errors import UsageError
 from robustdm.metrics import noise_level
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.presets import preset_values
-from robustdm.studies import subspace
 from robustdm.studies.runner import (
     SHRUNK_LAM,
     Arm,
@@ -31,8 +30,20 @@ METHODS = {
     "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
     "robust_adv": dict(objective="robust_adv", lambda_mode="ray"),
 }
+# The mode is named throughout, so that a change of the default leaves the studies as they are.
+OBJECTIVES = {
+    "DDPM": dict(objective="ddpm", lambda_mode="ray"),
+    "robust_ran": dict(objective="robust_ran", lambda_mode="ray"),
+    "outward_ran": dict(objective="outward_ran", lambda_mode="ray"),
+    "robust_adv (ray)": dict(objective="robust_adv", lambda_mode="ray"),
+    "robust_adv (x)": dict(objective="robust_adv", lambda_mode="x"),
+    "invariance": dict(objective="invariance", lambda_mode="ray"),
+}
+SDS = [2.0, 1.4, 1.0, 0.7, 0.5]
+NOISE_DIMS = 27
+"""The subspace: standard deviations along it, and dimensions of noise alone."""
 SHRUNK = {lam: f"DDPM, shrunk {lam:g}" for lam in SHRUNK_LAM}
-KNOWN, BLURRED = "DDPM, noise known", "DDPM, blurred"
+BLURRED = "DDPM, blurred"
 EXCESS = "noise_excess"
 AXES = 20
 """Principal axes of clean images along which the signal of others is measured."""
@@ -74,6 +85,20 @@ class Scale:
     batch_size: int = 2000
     make_data: Callable[[TrainConfig], Data] = load_data
 
+    def on(self, preset: str, samples: int, steps: int | None = None, fields: Mapping | None = None,
+           **changes) -> Scale:
+        """The same with data and network of a preset, and no features if ``changes`` name none.
+
+        Args:
+            steps: optimizer steps, unless others were asked for.
+            fields: of the training configuration.
+        """
+        base = preset_values(preset) | dict(fields or {})
+        if self.steps or steps:
+            base["steps"] = self.steps or steps
+        return replace(self, base=base, samples=samples, **(
+            dict(features=None, make_data=load_data, signal=()) | changes))
+
     @property
     def is_image(self) -> bool:
         """Whether samples are images: only those can be blurred."""
@@ -87,13 +112,30 @@ class Scale:
             "features": self.features, "weights": self.weights, "make_data": self.make_data,
             "batch_size": self.batch_size} | sampling))
 
-    def baselines(
-        self, group: str, fields: dict, seed: int, sigma: float,
-        shrunk: Sequence[float] = SHRUNK_LAM,
+    def arms(
+        self, group: str | float, methods: Mapping[str, dict],
+        shrunk: Sequence[float] | None = None, **sampling,
     ) -> list[Arm]:
-        """What the plain DDPM of a group can do without training; corruption ``sigma``, if any."""
-        plain = self.arm(group, "DDPM", METHODS["DDPM"] | fields, seed)
-        return baseline_arms(plain, sigma, shrunk)
+        """Every method with every seed.
+
+        Args:
+            group: its name, or the strength of its corruption.
+            methods: name -> fields of the training.
+            shrunk: strengths of the shrunk DDPM; with them, all that the paper leaves out beside
+                plain DDPM is there.
+            sampling: see ``arm``.
+        """
+        fields = {}
+        if not isinstance(group, str):
+            group, fields = noise_name(group), corrupted(group)
+        made = []
+        for seed in range(self.seeds):
+            made += [self.arm(group, name, method | fields, seed, **sampling)
+                     for name, method in methods.items()]
+            if shrunk is not None:
+                plain = self.arm(group, "DDPM", METHODS["DDPM"] | fields, seed)
+                made += baseline_arms(plain, shrunk)
+        return made
 
     def run(self, arms: Sequence[Arm]) -> list[dict]:
         """Records of the arms, with the measure ``signal`` and of images ``noise_excess`` added."""
@@ -182,6 +224,13 @@ class ImageTruth:
         return {EXCESS: excess, "signal": signal.mean().item()}
 
 
+def make_data(config: TrainConfig) -> SubspaceData:
+    """The points of the subspace: fixed for a seed, corrupted once."""
+    corruption = Corruption(config.corrupt_fraction, config.corrupt_sigma, config.seed)
+    return SubspaceData.from_sds(
+        SDS, NOISE_DIMS, config.num_points, corruption, config.holdout, config.seed)
+
+
 def corrupted(sigma: float) -> dict:
     """Fields of a training set of which 90 % carry noise of this standard deviation."""
     return dict(corrupt_fraction=0.9 if sigma else 0.0, corrupt_sigma=sigma)
@@ -221,7 +270,7 @@ def make_scale(
         return Scale(
             base=base, samples=500, sampling_steps=None, attacked_samples=256, attacked_steps=100,
             noise="off_subspace_sd", signal=tuple(f"component_ratio_{k}" for k in range(1, 6)),
-            features="pixels", weights=None, make_data=subspace.make_data, **common,
+            features="pixels", weights=None, make_data=make_data, **common,
             differs=(
                 "Data: a Gaussian of rank 5 in R^32 (standard deviations 2 to 0.5), 5,000 points, "
                 "in place of images; so noise and signal are measured exactly.",

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from robustdm.reporting import plots
-from robustdm.studies.claims import Claim, Spread, by_seed, ratio_claim, untested
+from robustdm.studies.claims import Claim, Results, Spread, ratio_claim, untested
 
 PLAIN, SHRUNK = "DDPM", "DDPM, shrunk "
 
@@ -23,7 +23,7 @@ def _curve(names: Sequence[str]) -> list[str]:
 
 
 def at_equal_signal(
-    records: Sequence[dict], group: str, name: str, measure: str, signal: str
+    of: Results, group: str, name: str, measure: str, signal: str = "signal"
 ) -> list[float] | None:
     """A measure of a DDPM that is shrunk until it keeps as much signal as an arm, per seed.
 
@@ -32,10 +32,10 @@ def at_equal_signal(
     signal than the strongest, the signal does not fall with the strength, or the measure is not
     positive.
     """
-    curve = _curve([r["name"] for r in records if r["group"] == group])
-    x, y = (np.array([by_seed(records, group, n, m) for n in curve]).T for m in (signal, measure))
+    curve = _curve([r["name"] for r in of.records if r["group"] == group])
+    x, y = (np.array([of(group, n, m) for n in curve]).T for m in (signal, measure))
     found = []
-    for kept, xs, ys in zip(by_seed(records, group, name, signal), x, y, strict=True):
+    for kept, xs, ys in zip(of(group, name, signal), x, y, strict=True):
         if (np.diff(xs) >= 0).any() or (ys <= 0).any() or kept < xs[-1]:
             return None
         found.append(float(np.exp(np.interp(kept, xs[::-1], np.log(ys[::-1])))))
@@ -43,16 +43,16 @@ def at_equal_signal(
 
 
 def equal_signal_claim(
-    records: Sequence[dict], group: str, name: str, measure: str, signal: str,
+    of: Results, group: str, name: str, measure: str, signal: str = "signal",
     words: str = "noise left",
 ) -> Claim:
     """Whether an arm has less of a measure than a shrunk DDPM that keeps as much signal."""
     text = (f"{group}, not in the paper: {words}, {name} / DDPM shrunk until it keeps as much "
             "signal")
-    shrunk = at_equal_signal(records, group, name, measure, signal)
+    shrunk = at_equal_signal(of, group, name, measure, signal)
     if shrunk is None:
         return untested(f"{text} (cannot be compared over the strengths tried)", "")
-    return ratio_claim(text, by_seed(records, group, name, measure), shrunk)
+    return ratio_claim(text, of(group, name, measure), shrunk)
 
 
 def figure(
