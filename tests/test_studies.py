@@ -28,7 +28,6 @@ from robustdm.studies import (
     digits,
     fig3,
     fig6_left,
-    fig6_right,
     finetune,
     lambda_mode,
     points,
@@ -53,7 +52,7 @@ from robustdm.studies.runner import (
 from robustdm.studies.study import Study
 from robustdm.studies.table1 import Table1
 from robustdm.studies.table2 import Table2
-from robustdm.studies.tradeoff import at_equal_signal, equal_signal_claim
+from robustdm.studies.tradeoff import EqualSignal, at_equal_signal
 
 GONE = "DDPM, stopped early"  # a baseline that records still have
 KEPT = Path(__file__).parent.parent / "benchmarks/results/cpu"
@@ -371,7 +370,7 @@ def test_figure_24(tmp_path):
 
 def test_figures_2_and_6(tmp_path, monkeypatch):
     quick(monkeypatch, **QUICK)
-    monkeypatch.setattr(fig6_right, "DRAWN", 20)
+    monkeypatch.setattr(points, "DRAWN", 20)
     arms, claims, page = paper_study("fig2", tmp_path, monkeypatch)
     assert len(arms) == 2 * (4 + 7) and page.count("<img") == 3
     for arm in arms:
@@ -467,8 +466,8 @@ def test_a_kept_record_is_judged_as_it_was(name, tmp_path, monkeypatch):
     extra = dict(features="pixels") if name == "calibration" else {}
     study = study_class(name)(tiny(tmp_path, seeds), **extra)
     # Named otherwise since; those of the approximations are others now.
-    made = {c.text: (c.target, c.paper, c.holds) for c in study.compare(Results(records))
-            if GONE not in c.text}
+    made = {c.text: (c.target, c.paper, c.holds) for c in study.compare(
+        Results(records, study.scale.noise)) if GONE not in c.text}
     if name == "approximations":
         assert len(made) == 50
     else:
@@ -558,10 +557,10 @@ def test_noise_of_a_shrunk_network_at_equal_signal():
                record("DDPM, blurred", 5.0, 0.9), record("robust", 0.2, 0.9),
                record("too much", 0.1, 0.5)]
     assert at_equal_signal(Results(records), "g", "robust", "n", "s") == [pytest.approx(0.1)]
-    claim = equal_signal_claim(Results(records), "g", "robust", "n", "s")
+    claim = EqualSignal("g", "robust", "n", "s").claim(Results(records))
     assert claim.value.startswith("2;") and claim.target == "at most 0.95"
     assert at_equal_signal(Results(records), "g", "too much", "n", "s") is None
-    assert not equal_signal_claim(Results(records), "g", "too much", "n", "s").tested
+    assert not EqualSignal("g", "too much", "n", "s").claim(Results(records)).tested
     more = [*records, record("more", 0.5, 1.2)]
     assert at_equal_signal(Results(more), "g", "more", "n", "s") == [1.0], "the plain DDPM's"
     # A measure of signal that does not fall with the strength is none.
@@ -569,7 +568,7 @@ def test_noise_of_a_shrunk_network_at_equal_signal():
     assert at_equal_signal(Results(turned), "g", "robust", "n", "s") is None
     # Samples that are smoother than clean ones have no noise to compare.
     smooth = [*records, record("smooth", -0.1, 0.9)]
-    assert not equal_signal_claim(Results(smooth), "g", "smooth", "n", "s").tested
+    assert not EqualSignal("g", "smooth", "n", "s").claim(Results(smooth)).tested
     none = Results([*records, record("DDPM, shrunk 0.2", -0.1, 0.7)])
     assert at_equal_signal(none, "g", "robust", "n", "s") is None
 

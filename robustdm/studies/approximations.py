@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from robustdm.metrics import frechet_distance
-from robustdm.studies.claims import ratio_claim
+from robustdm.studies.claims import Ratio, ratio_claim
 from robustdm.studies.robustness import PROBED, robustness, units
 from robustdm.studies.runner import load_model, load_samples
 from robustdm.studies.scales import OBJECTIVES, make_data
@@ -22,18 +22,12 @@ _ADV = OBJECTIVES["robust_adv (ray)"]
 METHODS = {
     EXACT: _ADV,
     **{name: OBJECTIVES[name] for name in ("DDPM", "robust_ran", "outward_ran")},
-    "reg_fraction 0.5": _ADV | dict(reg_fraction=0.5),
-    "reg_fraction 0.25": _ADV | dict(reg_fraction=0.25),
-    "reg_every 4": _ADV | dict(reg_every=4),
-    "attack_fraction 0.5": _ADV | dict(attack_fraction=0.5),
-    "at_last 0.5": _ADV | dict(at_last=0.5),
-    "at_last 0.25": _ADV | dict(at_last=0.25),
-}
-ON_DIGITS = {name: fields for name, fields in METHODS.items()
-             if name not in ("reg_fraction 0.5", "at_last 0.5")}
+    **{f"{key} {value}": _ADV | {key: value} for key, value in (
+        ("reg_fraction", 0.5), ("reg_fraction", 0.25), ("reg_every", 4), ("attack_fraction", 0.5),
+        ("at_last", 0.5), ("at_last", 0.25))}}
+NOT_ON_DIGITS = ("reg_fraction 0.5", "at_last 0.5")
 MEASURES = {"subspace": ["off_subspace_sd", "component_ratio_1", "component_ratio_5"],
-            "digits": ["noise_rms", "pixel_std"]}
-"""Noise and signal."""
+            "digits": ["noise_rms", "pixel_std"]}  # noise first, then signal
 
 
 class Approximations(Study):
@@ -43,27 +37,27 @@ class Approximations(Study):
     differs = ()
 
     def arms(self):
-        points = self.scale.on("subspace", 500, make_data=make_data)
-        digits = self.scale.on("digits", 128)
+        on_digits = {name: METHODS[name] for name in METHODS if name not in NOT_ON_DIGITS}
+        plain = self.scale.on("subspace", 500, make_data=make_data).arms("subspace", METHODS)
         made = []
-        for group, scale, methods in (("subspace", points, METHODS), ("digits", digits, ON_DIGITS)):
-            for arm in scale.arms(group, methods):
-                made.append(arm)
-                if arm.name == EXACT:
-                    work = units(arm.config)
-                else:
-                    steps = round(arm.config.steps * work / units(arm.config))
-                    made.append(replace(arm, name=arm.name + EQUAL_WORK,
-                                        config=replace(arm.config, steps=steps)))
+        for arm in plain + self.scale.on("digits", 128).arms("digits", on_digits):
+            made.append(arm)
+            if arm.name == EXACT:  # the first of its seed
+                work = units(arm.config)
+            else:
+                steps = round(arm.config.steps * work / units(arm.config))
+                made.append(replace(arm, name=arm.name + EQUAL_WORK,
+                                    config=replace(arm.config, steps=steps)))
         return made
 
     def probe(self, arm):
-        data = arm.make_data(arm.config)
+        data, samples = arm.make_data(arm.config), load_samples(arm, self.scale.out)
         everything = torch.arange(len(data))
-        return robustness(load_model(arm, self.scale.out), arm.config,
-                          data.batch(everything[:256]), arm.config.seed) | {
-            "frechet": frechet_distance(load_samples(arm, self.scale.out), data.clean(everything)),
-            "units": units(arm.config), "steps": arm.config.steps}
+        return dict(
+            robustness(load_model(arm, self.scale.out), arm.config, data.batch(everything[:256]),
+                       arm.config.seed),
+            frechet=frechet_distance(samples, data.clean(everything)), units=units(arm.config),
+            steps=arm.config.steps)
 
     def tables(self, of):
         found = {}
@@ -80,12 +74,12 @@ class Approximations(Study):
         claims = []
         for group, (noise, *_) in MEASURES.items():
             options = [n for n in of.rows(group, ()) if n != EXACT and not n.startswith("DDPM")]
-            claims += [of.ratio(f"{group}, {{}}: noise / exact's", group, name, EXACT, noise,
-                                at_most=1.25) for name in options]
+            claims += [Ratio(f"{group}, {{}}: noise / exact's", group, name, EXACT, noise,
+                             at_most=1.25).claim(of) for name in options]
             # The controls never saw the attack: nothing in them can have overfitted to it.
             claims += [ratio_claim(
                 f"{group}, {name}: residual_pgd10 / residual_fgsm (no catastrophic overfitting)",
-                of(group, name, "residual_pgd10"), of(group, name, "residual_fgsm"), at_most=3)
+                *(of(group, name, f"residual_{attack}") for attack in ("pgd10", "fgsm")), at_most=3)
                 for name in (EXACT, *options) if "_ran" not in name]
         return claims
 

@@ -147,23 +147,19 @@ def ratio_claim(
 class Results:
     """Records of arms, looked up by group, name and measure.
 
-    Attributes:
+    Args:
         records: each with group, name, seed and measures.
+        noise: measure that is meant by "noise".
     """
 
-    def __init__(self, records: Sequence[dict]):
-        self.records = list(records)
+    def __init__(self, records: Sequence[dict], noise: str = "noise"):
+        self.records, self.noise = list(records), noise
 
     def __call__(self, group: str, name: str, measure: str) -> list[float]:
         """One arm's measure, a value per seed in rising order."""
+        measure = self.noise if measure == "noise" else measure
         found = [r for r in self.records if (r["group"], r["name"]) == (group, name)]
         return [r["measures"][measure] for r in sorted(found, key=lambda r: r["seed"])]
-
-    def ratio(self, text: str, group: str, above: str, below: str, measure: str, paper: str = "",
-              **limits) -> Claim:
-        """See ``ratio_claim``, of two arms of a group; their names fill the braces of the text."""
-        return ratio_claim(text.format(above, below), self(group, above, measure),
-                           self(group, below, measure), paper=paper, **limits)
 
     def rows(self, group: str, columns: Sequence[str]) -> dict[str, dict[str, Spread]]:
         """Rows of a table: arm name -> {measure: spread over its seeds}."""
@@ -182,3 +178,28 @@ class Results:
         """A table per group."""
         return {group: self.rows(group, columns)
                 for group in dict.fromkeys(record["group"] for record in self.records)}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A comparison of a measure of two arms: the claim on the ratio; see ``ratio_claim``.
+
+    Attributes:
+        text: what is compared; the names of the arms fill its braces.
+        paper: the paper's own number.
+    """
+
+    text: str
+    group: str
+    above: str
+    below: str
+    measure: str
+    paper: str = ""
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def claim(self, of: Results) -> Claim:
+        """What the results say."""
+        return ratio_claim(
+            self.text.format(self.above, self.below), of(self.group, self.above, self.measure),
+            of(self.group, self.below, self.measure), self.at_most, self.at_least, self.paper)

@@ -4,11 +4,11 @@ the paper's models, and the spread beside the distance, since distances alone re
 Source: Briglia et al. 2026, sections 3.1 and 3.3, appendices F.1 and F.3.
 """
 
-from robustdm.studies.claims import Claim, Results
+from robustdm.studies.claims import Claim, Ratio, Results
 from robustdm.studies.runner import EQUAL_WORK, KNOWN
 from robustdm.studies.scales import BLURRED, SHRUNK
 from robustdm.studies.study import Study
-from robustdm.studies.tradeoff import equal_signal_claim
+from robustdm.studies.tradeoff import EqualSignal
 
 SIGMAS = (0.1, 0.2)
 READ = (
@@ -42,9 +42,11 @@ class Denoising(Study):
         out."""
         image = [BLURRED] if self.scale.is_image else []
         known = [KNOWN] if of(group, KNOWN, "frechet") else []  # older records have none
-        return [of.ratio(f"{group}, not in the paper: {words}, {{}} / {{}}", group, "robust_adv",
-                         name, measure)
-                for name in (*SHRUNK.values(), *known, *image, EQUAL_WORK)
-                for words, measure in (("distance", "frechet"), ("noise left", self.scale.noise))
-                if measure == "frechet" or name not in SHRUNK.values()
-                ] + [equal_signal_claim(of, group, "robust_adv", self.scale.noise)]
+        pairs = [(name, words, measure)
+                 for name in (*SHRUNK.values(), *known, *image, EQUAL_WORK)
+                 for words, measure in (("distance", "frechet"), ("noise left", "noise"))
+                 if measure == "frechet" or name not in SHRUNK.values()]
+        return [comparison.claim(of) for comparison in (
+            *(Ratio(f"{group}, not in the paper: {words}, {{}} / {{}}", group, "robust_adv", name,
+                    measure) for name, words, measure in pairs),
+            EqualSignal(group, "robust_adv"))]

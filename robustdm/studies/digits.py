@@ -5,70 +5,50 @@ DDPM. Noise is what samples carry on the pixels that are constant in clean digit
 samples stands beside it, since a model that shrinks everything also removes noise.
 """
 
-import torch
-
-from robustdm.data import load_data
-from robustdm.studies import tradeoff
-from robustdm.studies.claims import EFFECT
-from robustdm.studies.runner import SHRUNK_SWEEP, Arm
-from robustdm.studies.scales import OBJECTIVES, Scale
+from robustdm.studies.claims import EFFECT, Ratio
+from robustdm.studies.runner import EQUAL_WORK, SHRUNK_SWEEP, Arm
+from robustdm.studies.scales import BLURRED, OBJECTIVES, STOPPED, Scale
 from robustdm.studies.study import Study
+from robustdm.studies.tradeoff import EqualSignal, figure
 
-SAMPLES = 128
 GROUP, ADV = "digits", "robust_adv (ray)"
 METHODS = {name: fields for name, fields in OBJECTIVES.items() if name != "invariance"} | {
     # Which knob trades smoothing for noise?
     f"{ADV}, lam 0.1": OBJECTIVES[ADV] | dict(lam=0.1),
     f"{ADV}, gamma 4/255": OBJECTIVES[ADV] | dict(gamma=4 / 255),
 }
-NOISE, SIGNAL = "noise_rms", "pixel_std"
-CLEAN = "clean data, held out"
+NOISE, SIGNAL, WORDS = "noise_rms", "pixel_std", "noise on constant pixels"
 
 
 def arms(scale: Scale, methods: dict[str, dict], shrunk=None) -> list[Arm]:
     """Every method with every seed."""
-    return scale.on("digits", SAMPLES, 1200).arms(GROUP, methods, shrunk)
+    return scale.on("digits", 128, 1200).arms(GROUP, methods, shrunk)
 
 
 class Digits(Study):
-    """All objectives but invariance."""
+    """All objectives but invariance, with DDPM, with the baselines and at equal signal."""
 
     title = "Handwritten digits"
     differs = ()
+    references = True
     columns = [NOISE, "residual", SIGNAL, "sliced_wasserstein", "train_cpu_s"]
     # At full contrast the noise of dark pixels would be clipped away.
     contrast = 0.5
+    comparisons = [
+        *(Ratio(f"{{}} / {{}}, {WORDS}", GROUP, name, "DDPM", NOISE, at_most=0.6)
+          for name in ("robust_ran", ADV, "robust_adv (x)")),
+        *(Ratio(f"{{}} / {{}}, {words}", GROUP, ADV, name, measure, at_least=limit)
+          for name in (STOPPED, BLURRED, EQUAL_WORK)
+          for words, measure, limit in ((WORDS, NOISE, None), ("spread", SIGNAL, 1 + EFFECT))),
+        *(EqualSignal(GROUP, name, NOISE, SIGNAL) for name in METHODS if name != "DDPM"),
+    ]
 
     def arms(self):
         return arms(self.scale, METHODS, SHRUNK_SWEEP)
 
-    def records(self):
-        records = super().records()
-        for arm in {arm.config.seed: arm for arm in self.arms()}.values():
-            data = load_data(arm.config)
-            held = data.heldout
-            for name, points in (("training data", data.batch(torch.arange(SAMPLES))),
-                                 (CLEAN, held.clean(torch.arange(len(held))))):
-                records.append({"group": GROUP, "name": name, "seed": arm.config.seed,
-                                "samples": len(points), "measures": data.measure(points)})
-        return records
-
-    def compare(self, of):
-        baselines = [name for name in of.rows(GROUP, ()) if name.startswith("DDPM, ")
-                     and "shrunk" not in name]
-        words = "noise on constant pixels"
-        return [
-            *(of.ratio(f"{{}} / {{}}, {words}", GROUP, name, "DDPM", NOISE, at_most=0.6)
-              for name in METHODS if "robust" in name and "," not in name),
-            *(of.ratio(f"{{}} / {{}}, {what}", GROUP, ADV, name, measure, **limit)
-              for name in baselines for what, measure, limit in (
-                  (words, NOISE, {}), ("spread", SIGNAL, dict(at_least=1 + EFFECT)))),
-            *(tradeoff.equal_signal_claim(of, GROUP, name, NOISE, SIGNAL)
-              for name in METHODS if name != "DDPM"),
-        ]
-
     def figures(self, of):
         rows = of.rows(GROUP, self.columns)
+        clean = next(row[SIGNAL].mean for name, row in rows.items() if name.startswith("clean"))
         shown = {name: row for name, row in rows.items() if "data" not in name}
-        made = tradeoff.figure(shown, NOISE, SIGNAL, rows[CLEAN][SIGNAL].mean)
+        made = figure(shown, NOISE, SIGNAL, clean)
         return {"tradeoff": (made, "Noise against signal.")} | super().figures(of)

@@ -14,12 +14,12 @@ from dataclasses import replace
 from robustdm.method.baselines import Baseline
 from robustdm.reporting import plots
 from robustdm.runs.config import TrainConfig
-from robustdm.studies.claims import Claim, Results
+from robustdm.studies.claims import Ratio
 from robustdm.studies.robustness import units
 from robustdm.studies.runner import Arm, shrunk_arms
 from robustdm.studies.scales import METHODS, OBJECTIVES, Scale, corrupted, noise_name
 from robustdm.studies.study import Line, Study, line_figure
-from robustdm.studies.tradeoff import equal_signal_claim
+from robustdm.studies.tradeoff import EqualSignal
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 PRETRAINED, SCRATCH = "DDPM", "robust_adv from scratch"
@@ -81,11 +81,30 @@ class FineTune(Study):
     def __init__(self, scale: Scale):
         super().__init__(scale)
         self.sigma = TrainConfig(**scale.base).corrupt_sigma
-        self.group = noise_name(self.sigma)
+        self.group = group = noise_name(self.sigma)
+        self.columns = ["units", scale.noise, "signal", "frechet", "recall", "train_cpu_s"]
+        ways = [(way, share) for way in WAYS for share in shares(way)]
+        tuned, distance = row("robust_adv", 0.2), "frechet"
+        self.comparisons = [
+            *(ratio for way, share in ways if way != CONTINUED
+              for ratio in self._near(row(way, share))),
+            *(EqualSignal(group, row(way, share)) for way, share in ways
+              if way not in (CONTINUED, AS_BEFORE)),
+            *(EqualSignal(group, row(way, SHARES[0], lam)) for way, lam in THEN_SHRUNK.items()),
+            *(Ratio("{}: noise left / robust_adv from scratch for what both trainings cost", group,
+                    row("robust_adv", share), row(SAME_TOTAL, share), "noise")
+              for share in shares(SAME_TOTAL)),
+            *([Ratio("distance, robust_adv for 20 % / DDPM continued for as much", group, tuned,
+                     row(CONTINUED, 0.2), distance, "23.3 / 65.4 and 25.8 / 100.68"),
+               Ratio("distance, robust_adv for 20 % / from scratch ('similar results')", group,
+                     tuned, SCRATCH, distance, "23.3 / 14.54 and 25.8 / 16.53", 1.25, 0.8)]
+              if scale.features else [])]
 
-    @property
-    def columns(self):
-        return ["units", self.scale.noise, "signal", "frechet", "recall", "train_cpu_s"]
+    def _near(self, name: str) -> tuple[Ratio, Ratio]:
+        return (Ratio("{}: noise left / from scratch's", self.group, name, SCRATCH, "noise",
+                      at_most=NEAR),
+                Ratio("{}: signal / from scratch's", self.group, name, SCRATCH, "signal",
+                      at_least=1 / NEAR))
 
     def arms(self):
         made = []
@@ -111,59 +130,22 @@ class FineTune(Study):
     def probe(self, arm):
         return {"units": units(arm.config) * arm.config.steps}
 
-    def compare(self, of):
-        def ratio(text, above, below, measure, **more):
-            return of.ratio(text, self.group, above, below, measure, **more)
-
-        def equal_signal(name):
-            return equal_signal_claim(of, self.group, name, self.scale.noise)
-
-        claims = [claim for way in WAYS if way != CONTINUED for share in shares(way)
-                  for claim in self._near(of, row(way, share))]
-        claims += [equal_signal(row(way, share)) for way in WAYS
-                   if way not in (CONTINUED, AS_BEFORE) for share in shares(way)]
-        claims += [equal_signal(row(way, SHARES[0], lam)) for way, lam in THEN_SHRUNK.items()]
-        claims += [ratio("{}: noise left / robust_adv from scratch for what both trainings cost",
-                         row("robust_adv", share), row(SAME_TOTAL, share), self.scale.noise)
-                   for share in shares(SAME_TOTAL)]
-        if self.scale.features:
-            tuned = row("robust_adv", 0.2)
-            claims += [
-                ratio("distance, robust_adv for 20 % / DDPM continued for as much", tuned,
-                      row(CONTINUED, 0.2), "frechet", paper="23.3 / 65.4 and 25.8 / 100.68"),
-                ratio("distance, robust_adv for 20 % / from scratch ('similar results')", tuned,
-                      SCRATCH, "frechet", at_least=0.8, at_most=1.25,
-                      paper="23.3 / 14.54 and 25.8 / 16.53"),
-            ]
-        return claims
-
-    def _near(self, of: Results, name: str) -> tuple[Claim, Claim]:
-        return (
-            of.ratio("{}: noise left / from scratch's", self.group, name, SCRATCH,
-                     self.scale.noise, at_most=NEAR),
-            of.ratio("{}: signal / from scratch's", self.group, name, SCRATCH, "signal",
-                     at_least=1 / NEAR))
-
     def read(self, of):
-        def mean(name, measure):
-            return statistics.fmean(of(self.group, name, measure))
+        """With the smallest share of each way that is enough."""
+        def within(ratio: Ratio) -> bool:
+            """In the mean."""
+            above, below = (statistics.fmean(of(self.group, name, ratio.measure))
+                            for name in (ratio.above, ratio.below))
+            return above <= NEAR * below if ratio.at_most else above >= below / NEAR
 
-        def first(found):
+        def first(way: str, enough) -> str:
+            found = [s for s in shares(way) if all(map(enough, self._near(row(way, s))))]
             return f"{min(found):.0%}" if found else "none"
 
-        answers, noise = [], self.scale.noise
-        for way in WAYS:
-            tried = {share: row(way, share) for share in shares(way)}
-            means = [share for share, name in tried.items()
-                     if mean(name, noise) <= NEAR * mean(SCRATCH, noise)
-                     and mean(name, "signal") >= mean(SCRATCH, "signal") / NEAR]
-            sure = [share for share, name in tried.items()
-                    if all(claim.holds for claim in self._near(of, name))]
-            answers.append(
-                f"{way} (tried: {', '.join(f'{share:.0%}' for share in tried)}): smallest share "
-                f"within 10 % of from-scratch in the mean {first(means)}, surely (95 % over seeds) "
-                f"{first(sure)}.")
-        return [self.notes[0], *answers, *self.notes[1:]]
+        return [self.notes[0], *(
+            f"{way} (tried: {', '.join(f'{s:.0%}' for s in shares(way))}): smallest share within "
+            f"10 % of from-scratch in the mean {first(way, within)}, surely (95 % over seeds) "
+            f"{first(way, lambda ratio: ratio.claim(of).holds)}." for way in WAYS), *self.notes[1:]]
 
     def figures(self, of):
         rows = of.rows(self.group, self.columns)

@@ -59,13 +59,11 @@ class LambdaMode(Study):
         return made + digits.arms(self.scale, METHODS)
 
     def tables(self, of):
-        found = {group: rows for group, columns in COLUMNS.items()
-                 if (rows := of.rows(group, columns))}
-        shares: dict[str, dict] = {name: {} for name in READINGS}
-        for group, rows in found.items():
-            noise = COLUMNS[group][0]
-            base = rows["DDPM"][noise].mean
-            for name, row in shares.items():
-                left = rows[name][noise]
-                row[f"{group}: noise / DDPM"] = Spread(left.mean / base, left.sd / base)
+        found, shares = {}, {name: {} for name in READINGS}
+        for group, columns in COLUMNS.items():
+            if rows := of.rows(group, columns):
+                found[group], base = rows, rows["DDPM"][columns[0]].mean
+                for name, row in shares.items():
+                    left = rows[name][columns[0]]
+                    row[f"{group}: noise / DDPM"] = Spread(left.mean / base, left.sd / base)
         return found | {"Noise left, as a share of DDPM's": shares}

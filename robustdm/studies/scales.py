@@ -114,7 +114,7 @@ class Scale:
 
     def arms(
         self, group: str | float, methods: Mapping[str, dict],
-        shrunk: Sequence[float] | None = None, **sampling,
+        shrunk: Sequence[float] | None = None, sampling: Mapping | None = None,
     ) -> list[Arm]:
         """Every method with every seed.
 
@@ -130,7 +130,7 @@ class Scale:
             group, fields = noise_name(group), corrupted(group)
         made = []
         for seed in range(self.seeds):
-            made += [self.arm(group, name, method | fields, seed, **sampling)
+            made += [self.arm(group, name, method | fields, seed, **sampling or {})
                      for name, method in methods.items()]
             if shrunk is not None:
                 plain = self.arm(group, "DDPM", METHODS["DDPM"] | fields, seed)
@@ -167,12 +167,12 @@ class Scale:
     def _points(self, arm: Arm, which: str) -> tuple[Data, torch.Tensor]:
         data = arm.make_data(arm.config)
         if which == TRAINING:
-            points = data.batch(torch.arange(min(self.samples, len(data))))
+            points = data.batch(torch.arange(min(arm.samples, len(data))))
         elif arm.config.data == "subspace":  # whose first points do not depend on their number
-            more = replace(arm.config, num_points=arm.config.num_points + self.samples)
-            points = arm.make_data(more).all_clean()[-self.samples:]
+            more = replace(arm.config, num_points=arm.config.num_points + arm.samples)
+            points = arm.make_data(more).all_clean()[-arm.samples:]
         else:
-            points = data.heldout.clean(torch.arange(min(self.samples, len(data.heldout))))
+            points = data.heldout.clean(torch.arange(min(arm.samples, len(data.heldout))))
         return data, points
 
     def _add(self, measures: dict, samples: torch.Tensor | None, arm: Arm, truths: dict) -> dict:
@@ -222,6 +222,20 @@ class ImageTruth:
         variance = (samples.flatten(1) @ self.axes).var(0) - max(excess, 0.0) ** 2
         signal = variance.clamp(min=0).sqrt() / self.deviation
         return {EXCESS: excess, "signal": signal.mean().item()}
+
+
+def linear_images(scale: Scale) -> Scale:
+    """Samples of the leading components of a scale's images, of which the truth is known."""
+    base = scale.base | dict(
+        data="subspace", subspace_space="ambient", subspace_rank=25, num_points=10_000,
+        clip_samples=False)
+    return replace(
+        # No features: thousands of pixels would need more samples.
+        scale, base=base, noise="off_subspace_sd", features=None, weights=None,
+        samples=min(scale.samples, 5000),
+        signal=tuple(f"component_ratio_{k}" for k in range(1, 26)),
+        differs=("Images: the given set's 25 leading components, in place of the Smithsonian "
+                 "butterflies'.", *scale.differs[:1]))
 
 
 def make_data(config: TrainConfig) -> SubspaceData:

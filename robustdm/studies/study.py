@@ -14,9 +14,10 @@ from robustdm.reporting.images import grid_png
 from robustdm.reporting.tables import Rows, table_lines, text_table
 from robustdm.reporting.webpage import Picture, Section
 from robustdm.runs.rundir import provenance, write_text
-from robustdm.studies.claims import Claim, Results, spread
+from robustdm.studies.claims import Claim, Ratio, Results, Spread, spread
 from robustdm.studies.runner import Arm, load_samples, write_results
 from robustdm.studies.scales import Scale
+from robustdm.studies.tradeoff import EqualSignal
 
 Figures = dict[str, tuple[Figure | bytes, str]]
 
@@ -27,6 +28,10 @@ class Study:
     Attributes:
         title: what is reproduced or measured.
         scale: how large the runs are.
+        differs: what is not as in the paper, a sentence each; by default the scale's.
+        grid: arguments of ``Scale.arms``, a tuple each: what is trained and sampled.
+        comparisons: of the arms, each with a method ``claim``.
+        columns: measures that the tables show.
         references: whether the data themselves stand beside the arms.
         contrast: of a sheet of the arms' samples, if they are images; 0 draws none.
         paper: heading -> rows, the paper's own numbers.
@@ -35,6 +40,10 @@ class Study:
     """
 
     title: str
+    grid: Sequence[tuple] = ()
+    comparisons: Sequence[Ratio | EqualSignal] = ()
+    columns: Sequence[str] = ()
+    differs: Sequence[str] | None = None
     references = False
     contrast = 0.0
     paper: Mapping[str, Rows] = {}
@@ -43,30 +52,23 @@ class Study:
 
     def __init__(self, scale: Scale):
         self.scale = scale
-
-    @property
-    def differs(self) -> Sequence[str]:
-        """What is not as in the paper, a sentence each."""
-        return self.scale.differs
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """Measures that the tables show."""
-        signal = ["signal", *self.scale.signal[-1:]]
-        return ["frechet", self.scale.noise, *signal, "precision", "recall", "coverage",
-                "inception_score"]
+        self.columns = self.columns or [
+            "frechet", scale.noise, "signal", *scale.signal[-1:], "precision", "recall", "coverage",
+            "inception_score"]
+        if self.differs is None:
+            self.differs = scale.differs
 
     def arms(self) -> list[Arm]:
-        """What is trained and sampled, in the order of the tables' rows."""
-        raise NotImplementedError
+        """Those of the grid, in the order of the tables' rows."""
+        return [arm for part in self.grid for arm in self.scale.arms(*part)]
 
     def probe(self, arm: Arm) -> dict[str, float]:
         """Further measures of a finished arm."""
         return {}
 
     def compare(self, of: Results) -> list[Claim]:
-        """The claims."""
-        return []
+        """The claims: those of the comparisons, and what a subclass adds."""
+        return [comparison.claim(of) for comparison in self.comparisons]
 
     def records(self) -> list[dict]:
         """What was measured: of every arm, and of the data if they stand beside them."""
@@ -99,7 +101,7 @@ class Study:
 
     def write(self, records: list[dict]) -> list[Claim]:
         """Write page.html, table.md, results.json and the figures of what was measured."""
-        of, out = Results(records), self.scale.out
+        of, out = Results(records, self.scale.noise), self.scale.out
         out.mkdir(parents=True, exist_ok=True)
         title = f"{self.title} ({self.scale.name})"
         claims, notes = self.compare(of), self.read(of)
@@ -156,4 +158,22 @@ def line_figure(of: Results, measures: Sequence[str], lines: Sequence[Line], xla
                         linestyle=line.style, marker="o", markersize=3, label=line.label)
         ax.set(xlabel=xlabel, title=measure, xscale=xscale)
     axes[0, 0].legend(fontsize=6)
+    return made
+
+
+def bar_figure(of: Results, measures: Sequence[str]) -> Figure:
+    """A panel per measure with a bar per arm, the groups side by side."""
+    made, axes = plots.figure(1, len(measures), size=(5.4, 3.4))
+    for ax, measure in zip(axes[0], measures, strict=True):
+        tables = of.tables([measure])
+        names = list(dict.fromkeys(name for rows in tables.values() for name in rows))
+        width = 0.8 / len(tables)
+        for i, (group, rows) in enumerate(tables.items()):
+            found = [rows.get(name, {}).get(measure, Spread(0, 0)) for name in names]
+            ax.bar([k + i * width for k in range(len(names))], [v.mean for v in found], width,
+                   yerr=[v.sd for v in found], label=group, color=plots.COLOURS[i])
+        ax.set_xticks([k + width / 2 for k in range(len(names))], names, rotation=40, ha="right",
+                      fontsize=6)
+        ax.set(title=measure, yscale="log" if measure == "rho" else "linear")
+        ax.legend(fontsize=6)
     return made

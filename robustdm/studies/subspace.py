@@ -5,16 +5,18 @@ carry Gaussian noise of standard deviation 0.1 in all dimensions. 3,000 steps of
 residual MLP; 500 samples by 1000-step DDPM.
 """
 
-from robustdm.studies import tradeoff
-from robustdm.studies.claims import judge
+from robustdm.studies.claims import Ratio, judge
 from robustdm.studies.runner import SHRUNK_SWEEP, Arm
 from robustdm.studies.scales import OBJECTIVES, Scale, make_data
 from robustdm.studies.study import Study
+from robustdm.studies.tradeoff import EqualSignal, figure
 
 NOISE_SD = 0.1 * 0.9**0.5
 """rms over all points of the training data's noise, per dimension."""
 GROUP, NOISE, ADV = "subspace", "off_subspace_sd", "robust_adv (ray)"
 RATIOS = [f"component_ratio_{k}" for k in range(1, 6)]
+PAIRS = ((ADV, "DDPM", 0.35, None), ("robust_ran", "DDPM", None, None),
+         (ADV, "robust_ran", None, None), ("invariance", "DDPM", None, 1.25))
 
 
 def arms(scale: Scale, methods: dict[str, dict], shrunk=None) -> list[Arm]:
@@ -24,33 +26,27 @@ def arms(scale: Scale, methods: dict[str, dict], shrunk=None) -> list[Arm]:
 
 
 class Subspace(Study):
-    """All objectives."""
+    """All objectives with the truth, with DDPM and with each other."""
 
     title = "The subspace"
     differs = ()
     columns = [NOISE, "signal", *RATIOS, "sliced_wasserstein"]
+    comparisons = [
+        *(Ratio("{} / {}, off-subspace sd", GROUP, above, below, NOISE, "", *limits)
+          for above, below, *limits in PAIRS),
+        *(EqualSignal(GROUP, n) for n in ("robust_ran", "outward_ran", ADV, "robust_adv (x)"))]
 
     def arms(self):
         return arms(self.scale, OBJECTIVES, SHRUNK_SWEEP)
 
     def compare(self, of):
-        def noise(above, below, **limit):
-            return of.ratio("{} / {}, off-subspace sd", GROUP, above, below, NOISE, **limit)
-
-        return [
-            judge("DDPM / training noise, off-subspace sd",
-                  [v / NOISE_SD for v in of(GROUP, "DDPM", NOISE)], at_least=0.9),
-            noise(ADV, "DDPM", at_most=0.35),
-            noise("robust_ran", "DDPM"),
-            noise(ADV, "robust_ran"),
+        share = [v / NOISE_SD for v in of(GROUP, "DDPM", NOISE)]
+        return super().compare(of) + [
+            judge("DDPM / training noise, off-subspace sd", share, at_least=0.9),
             judge(f"{ADV}, strongest component's sd / truth", of(GROUP, ADV, RATIOS[0]),
-                  at_least=0.8, at_most=1.2),
-            noise("invariance", "DDPM", at_least=1.25),
-            *(tradeoff.equal_signal_claim(of, GROUP, name, NOISE)
-              for name in ("robust_ran", "outward_ran", ADV, "robust_adv (x)")),
-        ]
+                  at_least=0.8, at_most=1.2)]
 
     def figures(self, of):
         rows = of.rows(GROUP, self.columns)
-        shown = {name: row for name, row in rows.items() if name != "invariance"}
-        return {"tradeoff": (tradeoff.figure(shown, NOISE, "signal"), "Noise against signal.")}
+        del rows["invariance"]  # far off
+        return {"tradeoff": (figure(rows, NOISE, "signal"), "Noise against signal.")}

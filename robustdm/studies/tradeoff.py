@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,13 +14,10 @@ from robustdm.studies.claims import Claim, Results, Spread, ratio_claim, unteste
 PLAIN, SHRUNK = "DDPM", "DDPM, shrunk "
 
 
-def _strength(name: str) -> float:
-    return 0.0 if name == PLAIN else float(name.removeprefix(SHRUNK))
-
-
-def _curve(names: Sequence[str]) -> list[str]:
-    found = [n for n in dict.fromkeys(names) if n == PLAIN or n.startswith(SHRUNK)]
-    return sorted(found, key=_strength)
+def _curve(names: Iterable[str]) -> list[str]:
+    """The plain and the shrunk DDPMs, by strength."""
+    found = {n for n in names if n == PLAIN or n.startswith(SHRUNK)}
+    return sorted(found, key=lambda n: 0.0 if n == PLAIN else float(n.removeprefix(SHRUNK)))
 
 
 def at_equal_signal(
@@ -32,7 +30,7 @@ def at_equal_signal(
     signal than the strongest, the signal does not fall with the strength, or the measure is not
     positive.
     """
-    curve = _curve([r["name"] for r in of.records if r["group"] == group])
+    curve = _curve(r["name"] for r in of.records if r["group"] == group)
     x, y = (np.array([of(group, n, m) for n in curve]).T for m in (signal, measure))
     found = []
     for kept, xs, ys in zip(of(group, name, signal), x, y, strict=True):
@@ -42,17 +40,28 @@ def at_equal_signal(
     return found
 
 
-def equal_signal_claim(
-    of: Results, group: str, name: str, measure: str, signal: str = "signal",
-    words: str = "noise left",
-) -> Claim:
-    """Whether an arm has less of a measure than a shrunk DDPM that keeps as much signal."""
-    text = (f"{group}, not in the paper: {words}, {name} / DDPM shrunk until it keeps as much "
-            "signal")
-    shrunk = at_equal_signal(of, group, name, measure, signal)
-    if shrunk is None:
-        return untested(f"{text} (cannot be compared over the strengths tried)", "")
-    return ratio_claim(text, of(group, name, measure), shrunk)
+@dataclass(frozen=True)
+class EqualSignal:
+    """A comparison of an arm with a shrunk DDPM that keeps as much signal: has it less noise?
+
+    Attributes:
+        words: what ``measure`` is.
+    """
+
+    group: str
+    name: str
+    measure: str = "noise"
+    signal: str = "signal"
+    words: str = "noise left"
+
+    def claim(self, of: Results) -> Claim:
+        """What the results say."""
+        text = (f"{self.group}, not in the paper: {self.words}, {self.name} / DDPM shrunk until it "
+                "keeps as much signal")
+        shrunk = at_equal_signal(of, self.group, self.name, self.measure, self.signal)
+        if shrunk is None:
+            return untested(f"{text} (cannot be compared over the strengths tried)", "")
+        return ratio_claim(text, of(self.group, self.name, self.measure), shrunk)
 
 
 def figure(
@@ -67,7 +76,7 @@ def figure(
     """
     made, axes = plots.figure(1, 1, size=(5.6, 4.0))
     ax = axes[0, 0]
-    curve = _curve(list(rows))
+    curve = _curve(rows)
     ax.plot([rows[n][signal].mean for n in curve], [rows[n][noise].mean for n in curve],
             color=plots.INK, marker=".", linewidth=1, label="DDPM, shrunk (lam 0 to 0.5)")
     others = [n for n in rows if n not in curve and noise in rows[n] and signal in rows[n]]
