@@ -17,7 +17,7 @@ from robustdm.errors import UsageError
 Name = Literal[
     "fig2", "fig3", "fig6-left", "fig6-right", "fig7", "fig8", "table1", "table2", "fig24",
     "timecost", "calibration", "finetune", "finetune-digits", "subspace", "invitro", "digits",
-    "lambda-mode", "approximations",
+    "known", "lambda-mode", "approximations",
 ]
 
 
@@ -67,6 +67,7 @@ STUDIES = {
     "subspace": Entry("subspace:Subspace", "all objectives where noise is measured exactly", 14),
     "invitro": Entry("invitro:InVitro", "all objectives on the 3-D sets", 12),
     "digits": Entry("digits:Digits", "all objectives on handwritten digits", 60),
+    "known": Entry("known:Known", "a plain DDPM, its noise measured, and one corrected step", 40),
     "lambda-mode": Entry("lambda_mode:LambdaMode", "which reading of lambda_t should be the "
                          "default", 45, takes=("butterflies",)),
     "approximations": Entry("approximations:Approximations", "what cheaper training than the exact "

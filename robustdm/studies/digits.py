@@ -7,7 +7,7 @@ samples stands beside it, since a model that shrinks everything also removes noi
 
 from robustdm.studies.claims import EFFECT, Ratio
 from robustdm.studies.runner import EQUAL_WORK, SHRUNK_SWEEP, Arm
-from robustdm.studies.scales import BLURRED, OBJECTIVES, STOPPED, Scale
+from robustdm.studies.scales import BLURRED, OBJECTIVES, Scale
 from robustdm.studies.study import Study
 from robustdm.studies.tradeoff import EqualSignal, figure
 
@@ -38,7 +38,7 @@ class Digits(Study):
         *(Ratio(f"{{}} / {{}}, {WORDS}", GROUP, name, "DDPM", NOISE, at_most=0.6)
           for name in ("robust_ran", ADV, "robust_adv (x)")),
         *(Ratio(f"{{}} / {{}}, {words}", GROUP, ADV, name, measure, at_least=limit)
-          for name in (STOPPED, BLURRED, EQUAL_WORK)
+          for name in (BLURRED, EQUAL_WORK)
           for words, measure, limit in ((WORDS, NOISE, None), ("spread", SIGNAL, 1 + EFFECT))),
         *(EqualSignal(GROUP, name, NOISE, SIGNAL) for name in METHODS if name != "DDPM"),
     ]
