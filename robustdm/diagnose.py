@@ -70,6 +70,8 @@ class DiagnoseConfig:
     """Side of the square cut out of the middle of every picture before it is resized."""
     channels: Literal[1, 3, 4] | None = None
     """Channels of the images; by default what the files have."""
+    value_range: tuple[float, float] | None = None
+    """.npy, .npz: the two values that become -1 and 1; what lies beyond them is kept."""
     seed: int = 0
     """Decides which items are looked at, where there are too many for all."""
     out: Path | None = None
@@ -170,7 +172,7 @@ def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str] | None, int]:
         order = order[: max(2, _NUMBERS // samples[0].numel())]
         return samples[order], [f"item {k}" for k in order.tolist()], len(samples)
     fields = {name: getattr(config, name)
-              for name in ("data", "resolution", "crop", "channels", "seed")}
+              for name in ("data", "resolution", "crop", "channels", "value_range", "seed")}
     _, data, _ = image_set(fields | {"data_dir": config.path, "corrupt_fraction": 0.0})
     order = shuffled(config.seed, 0, len(data))
     order = order[: max(2, _NUMBERS // max(1, torch.Size(data.shape).numel()))]

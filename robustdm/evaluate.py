@@ -30,6 +30,9 @@ class EvaluateConfig(ComputeFlags, SamplingFlags, FeatureFlags):
     reference: Path | None = None
     """Clean data to compare with: a folder, zip, .npy, .npz, CIFAR-10, or an .npz of Frechet
     statistics (mu, sigma); the run's own clean training data if not given."""
+    value_range: tuple[float, float] | None = None
+    """samples and reference as .npy or .npz: the two values that become -1
+    and 1; what lies beyond them is kept."""
     metrics: tuple[str, ...] = ("frechet", "kernel", "manifold", "sliced_wasserstein", "deviation",
                                 "inception_score")
     """What to measure; manifold is precision, recall, density and coverage."""
@@ -120,7 +123,7 @@ def _evaluate(config: EvaluateConfig, ranks) -> dict:
         if config.run is not None:
             generator = measure.open_run(config.run, device, config.ema, config.checkpoint)
         elif config.samples is not None and ranks.main:
-            samples = read_images(config.samples, "samples")[: config.num]
+            samples = read_images(config.samples, "samples", config.value_range)[: config.num]
             shape = tuple(samples.shape[1:])
         if generator is None and config.baseline != "none":
             raise UsageError(f"baseline is {config.baseline!r}: it needs a network to sample "
@@ -218,7 +221,7 @@ def _reference(config: EvaluateConfig, generator, shape: tuple[int, ...]) -> tup
         statistics = _statistics(config.reference)
         if statistics is not None:
             return None, statistics, where
-        clean = read_images(config.reference, "reference")
+        clean = read_images(config.reference, "reference", config.value_range)
     if tuple(clean.shape[1:]) != shape:
         raise UsageError(f"reference has shape {tuple(clean.shape[1:])}, the samples {shape}: "
                          "bring it to their resolution and channels first")

@@ -31,6 +31,9 @@ class MemoriseConfig(DrawFlags, ExtractorFlags):
     """Training images: a folder, zip, .npy, .npz or a copy of CIFAR-10."""
     heldout: Path | None = None
     """Images of the same kind that were not trained on; the run's held-out part if not given."""
+    value_range: tuple[float, float] | None = None
+    """samples, train and heldout as .npy or .npz: the two values that become -1
+    and 1; what lies beyond them is kept."""
     blur: float = 0.5
     """Standard deviation in pixels of the blur of the second control."""
     num: int = 1000
@@ -101,12 +104,14 @@ def memorise(config: MemoriseConfig) -> dict:
         if data.heldout is not None:
             heldout = data.heldout.clean(torch.arange(len(data.heldout)))
     if config.train is not None:
-        train = read_images(config.train, "train")
+        train = read_images(config.train, "train", config.value_range)
     elif generator is None:
         raise UsageError("train is not given: name the images that were trained on")
     if config.heldout is not None:
-        heldout = read_images(config.heldout, "heldout")
-    samples = None if config.samples is None else read_images(config.samples, "samples")
+        heldout = read_images(config.heldout, "heldout", config.value_range)
+    samples = None
+    if config.samples is not None:
+        samples = read_images(config.samples, "samples", config.value_range)
     shape = tuple(train.shape[1:])
     for name, images in (("samples", samples), ("heldout", heldout)):
         if images is not None and tuple(images.shape[1:]) != shape:

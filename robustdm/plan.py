@@ -31,6 +31,8 @@ class PlanConfig:
     digits if neither this nor --signal-sd is given."""
     resolution: int = 32
     """Side to which the images of --data are brought."""
+    value_range: tuple[float, float] | None = None
+    """--data as .npy, .npz: the two values that become -1 and 1; what lies beyond them is kept."""
     signal_sd: tuple[float, ...] = ()
     """Instead of data: standard deviations of the signal's components."""
     clean: bool = False
@@ -154,7 +156,7 @@ def _signal(config: PlanConfig):
     """Variances of the clean signal's components, the corruption's sd, and where from."""
     import torch
 
-    from robustdm.method.closed_form import noise_in_tail, spectrum
+    from robustdm.method.closed_form import spectrum
 
     if config.signal_sd:
         if config.data is not None:
@@ -175,11 +177,13 @@ def _signal(config: PlanConfig):
                              "estimate; give --sigma, or data of your own as --data")
     else:
         from robustdm.data import load_data
+        from robustdm.data.noise import noise_of
         from robustdm.runs.config import TrainConfig
         from robustdm.runs.presets import preset_values
 
         fields = preset_values("folder") | dict(
-            data_dir=config.data, resolution=config.resolution, corrupt_fraction=0.0, holdout=0.0)
+            data_dir=config.data, resolution=config.resolution, value_range=config.value_range,
+            corrupt_fraction=0.0, holdout=0.0)
         data = load_data(TrainConfig(**fields))
         images = data.clean(torch.arange(min(len(data), 20_000)))
         source, clean = str(config.data), config.clean
@@ -189,7 +193,9 @@ def _signal(config: PlanConfig):
         if not 0 < sigma < float("inf"):
             raise UsageError(f"sigma is {sigma}: it must be positive")
     else:
-        sigma = noise_in_tail(variances, len(images)) / config.fraction**0.5
+        sigma = noise_of(data).rms / config.fraction**0.5
+        if not sigma:
+            raise UsageError(f"sigma is not given, and {source} has no noise to measure")
     noise = 0.0 if clean else config.fraction * sigma**2
     # A tenth of the noise's variance is within the error of the spectrum.
     signal = (variances - noise)[variances - noise > max(noise / 10, 1e-8)]

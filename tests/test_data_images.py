@@ -407,6 +407,47 @@ def test_float_arrays_in_both_ranges(tmp_path, dtype):
         torch.testing.assert_close(x, truth, atol=2e-3 if dtype == np.float16 else 1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("black, white, dtype", [
+    (-1.0, 1.0, np.float32), (0.0, 1.0, np.float64), (0, 65535, np.uint16), (-500, 1500, np.int16),
+    (0, 255, np.uint8),
+])
+def test_a_value_range_says_what_is_black_and_white_and_clips_nothing(tmp_path, black, white,
+                                                                     dtype):
+    truth = 0.5 * torch.randn(40, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).numpy()
+    if dtype in (np.uint8, np.uint16):  # which hold nothing beyond
+        truth = truth.clip(-1, 1)
+    stored = (truth + 1) / 2 * (white - black) + black
+    step = 0 if np.issubdtype(dtype, np.floating) else 2 / (white - black)
+    stored = (stored.round() if step else stored).astype(dtype)
+    np.save(tmp_path / "x.npy", stored[:, 0])
+    np.savez(tmp_path / "x.npz", images=stored)
+    for name in ("x.npy", "x.npz"):
+        made = config(tmp_path / name, value_range=(float(black), float(white)))
+        x = everything(load_data(made))
+        assert np.abs(x.numpy() - truth).max() <= step + 1e-5
+        assert torch.equal(read_images(tmp_path / name, "samples", made.value_range), x)
+    assert (np.abs(x.numpy()).max() > 1.2) == (np.abs(truth).max() > 1)
+    first = load_data(made).identity()
+    other = load_data(config(tmp_path / name, value_range=(float(black), white * 1.01))).identity()
+    assert first["sha256"] != other["sha256"], "a resumed run must read the same numbers"
+
+
+@pytest.mark.parametrize("values, message", [
+    ((1.0, 1.0), r"value_range is \(1.0, 1.0\): give the smaller number first"),
+    ((1.0, -1.0), "value_range is .*smaller number first"), ((0.0, float("nan")), "value_range is .*nan"),
+    ((0.0, 1e-3), "value_range is 0 0.001: .*x.npy holds -1.5 to 1.5, more than 100 times as far"),
+])
+def test_wrong_value_ranges(tmp_path, values, message):
+    np.save(tmp_path / "x.npy", np.linspace(-1.5, 1.5, 5 * SIDE * SIDE).reshape(5, SIDE, SIDE))
+    with pytest.raises(UsageError, match=message):
+        load_data(config(tmp_path / "x.npy", value_range=values))
+    with pytest.raises(UsageError, match="-1.5 to 1.5 are neither .* with --value-range LOW HIGH"):
+        load_data(config(tmp_path / "x.npy"))
+    save_folder(tmp_path / "files", 3)
+    with pytest.raises(UsageError, match="value_range is 0 1: .* is no .npy or .npz"):
+        load_data(config(tmp_path / "files", value_range=(0.0, 1.0)))
+
+
 def test_arrays_are_resized_like_pictures(tmp_path):
     images = pictures(3, side=2 * SIDE)
     np.save(tmp_path / "x.npy", images)

@@ -100,3 +100,10 @@ def test_every_kind_has_advice():
     from robustdm.metrics.noise import Kind
 
     assert set(diagnose.ADVICE) == set(diagnose.MEANING) == set(Kind.__args__)
+
+
+def test_floats_beyond_black_and_white_are_read_as_they_are(capsys, tmp_path):
+    images, _ = noisy(pictures(300, 32), 0.4)
+    np.save(tmp_path / "x.npy", 1000 * images.numpy())
+    found = json.loads(call(capsys, tmp_path / "x.npy", "--json", "--value-range", -1000, 1000))
+    assert found["kind"] == "gaussian" and found["sigma"] == pytest.approx(0.4, rel=0.03)

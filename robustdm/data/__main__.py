@@ -37,6 +37,8 @@ class DataConfig:
     """Side of the square cut out of the middle of every picture before it is resized."""
     channels: Literal[1, 3, 4] | None = None
     """Channels of the images; by default what the files have."""
+    value_range: tuple[float, float] | None = None
+    """.npy, .npz: the two values that become -1 and 1; what lies beyond them is kept."""
     stream: bool = False
     """hf: read the data set as a stream."""
     shuffle_buffer: int = 4096

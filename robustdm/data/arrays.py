@@ -14,18 +14,23 @@ from robustdm.errors import UsageError
 from robustdm.untrusted import open_npz
 
 _CHANNELS = (1, 3, 4)
+# Noise reaches beyond black and white, but not so far: the range must be another's.
+_FARTHEST = 100
 _KEYS = ("images", "samples", "x_train", "x", "data", "arr_0")
 
 
-def load_array(path: Path) -> Tensor:
+def load_array(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:
     """Read the images of a file.
 
     Accepted are (N, H, W), (N, H, W, C) and (N, C, H, W) with C = 1, 3 or 4, of uint8, or of
     floats either in [0, 1] (no negative value, the largest above 0.5) or in [-1, 1] (the smallest
-    value at most -0.5); other floats are ambiguous.
+    value at most -0.5); other floats are ambiguous. With ``value_range`` any numbers are accepted.
+
+    Args:
+        value_range: the values that become -1 and 1; others keep their place beside them.
 
     Returns:
-        (N, C, H, W) uint8, or float32 in [-1, 1].
+        (N, C, H, W) uint8, or float32 in [-1, 1] unless ``value_range`` says otherwise.
 
     Raises:
         UsageError: naming what is wrong with the file and the remedy.
@@ -39,7 +44,7 @@ def load_array(path: Path) -> Tensor:
         why = "images of mixed shapes, or other objects: save one uint8 array" if objects else (
             f"cannot be read as an array: {_line(error)}")
         raise UsageError(f"{path}: {why}") from None
-    return _checked(array, path)
+    return _checked(array, path, value_range)
 
 
 def _line(error: Exception) -> str:
@@ -65,7 +70,9 @@ def _read(path: Path) -> np.ndarray:
         return archive[keys[0]]
 
 
-def _checked(array: np.ndarray, path: Path) -> Tensor:
+def _checked(
+    array: np.ndarray, path: Path, value_range: tuple[float, float] | None
+) -> Tensor:
     shape = array.shape
     if array.ndim not in (3, 4) or 0 in shape:
         raise UsageError(f"{path}: shape is {shape}: expected (N, H, W, C), none of them 0")
@@ -78,20 +85,30 @@ def _checked(array: np.ndarray, path: Path) -> Tensor:
             raise UsageError(f"{path}: shape is {shape}: {why}; save (N, H, W, C)")
         if last:
             array = array.transpose(0, 3, 1, 2)
-    if array.dtype == np.uint8:
+    if array.dtype == np.uint8 and value_range is None:
         return torch.from_numpy(np.array(array, order="C"))
-    if array.dtype.kind != "f":
-        raise UsageError(f"{path}: dtype is {array.dtype}: save the images as uint8, 0 to 255")
+    remedy = "say with --value-range LOW HIGH which values are black and white"
+    numbers = array.dtype.kind in "fiu" if value_range else array.dtype.kind == "f"
+    if not numbers:
+        raise UsageError(f"{path}: dtype is {array.dtype}: save the images as uint8, 0 to 255"
+                         + (f", or {remedy}" if array.dtype.kind in "iu" else ""))
     low, high = float(np.min(array)), float(np.max(array))  # NaN if there is one
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UsageError(f"{path}: holds NaN or infinity: remove those images")
     values = np.array(array, dtype=np.float32, order="C")
-    if low >= 0 and 0.5 < high <= 1:
+    if value_range is not None:
+        black, white = value_range
+        values = (values - black) * (2 / (white - black)) - 1
+        if np.abs(values).max() > _FARTHEST:
+            raise UsageError(f"value_range is {black:g} {white:g}: {path} holds {low:g} to "
+                             f"{high:g}, more than {_FARTHEST} times as far; give the values of "
+                             "black and white")
+    elif low >= 0 and 0.5 < high <= 1:
         values = values * 2 - 1
     elif not -1 <= low <= -0.5 or high > 1:
         raise UsageError(
             f"{path}: float values from {low:g} to {high:g} are neither [0, 1] nor [-1, 1] "
-            "beyond doubt: save the images as uint8, 0 to 255"
+            f"beyond doubt: {remedy}"
         )
     return torch.from_numpy(values)
 

@@ -153,8 +153,13 @@ def open_images(config: TrainConfig) -> tuple[Path, Tensor | Pictures | Beginnin
     if config.stream:
         return path, Beginning.read(config)
     images = None
-    if path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES:
-        images = load_array(path)
+    is_array = path.is_file() and path.suffix.lower() in _ARRAY_SUFFIXES
+    if config.value_range is not None and not is_array:
+        raise UsageError("value_range is {:g} {:g}: {} is no .npy or .npz, and picture files are "
+                         "read as 8 bits; save their values as an array".format(
+                             *config.value_range, path))
+    if is_array:
+        images = load_array(path, config.value_range)
     elif config.data != "images" or path.is_file():
         images = load_cifar(path, config.data if config.data in EDITIONS else None)
         if images is None and config.data in EDITIONS and (path / "train").is_dir():

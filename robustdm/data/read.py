@@ -18,7 +18,9 @@ from robustdm.errors import RunError, UsageError
 from robustdm.untrusted import open_npz
 
 
-def read_images(path: Path, name: str) -> Tensor:
+def read_images(
+    path: Path, name: str, value_range: tuple[float, float] | None = None
+) -> Tensor:
     """All samples of a file or folder, in their own size.
 
     Args:
@@ -26,6 +28,7 @@ def read_images(path: Path, name: str) -> Tensor:
             .npz of images, a folder, zip, lmdb or Hugging Face set of pictures of one size, or a
             copy of CIFAR (its training images).
         name: the flag, for errors.
+        value_range: of an array, see `load_array`.
 
     Returns:
         (N, C, H, W) float32, in [-1, 1] unless they were unclipped samples; points are (N, D).
@@ -41,7 +44,7 @@ def read_images(path: Path, name: str) -> Tensor:
     if samples is not None:
         return samples
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
-        return to_float(load_array(path))
+        return to_float(load_array(path, value_range))
     images = load_cifar(path)
     if images is not None:
         return to_float(images)

@@ -228,22 +228,3 @@ def spectrum(images: Tensor) -> Tensor:
     if len(x) < 2:
         raise UsageError(f"{len(x)} item has no spectrum: name two or more")
     return torch.linalg.eigvalsh(torch.cov(x.T).reshape(x.shape[1], -1)).clamp(min=0).flip(0)
-
-
-def noise_in_tail(variances: Tensor, items: int) -> float:
-    """Corruption of a set, sqrt(fraction) sigma, from the tail of its spectrum.
-
-    The median of the smaller half of the variances, which clean images have near zero. It takes
-    many more items than dimensions, else the tail is too small; texture counts as noise.
-
-    Args:
-        variances: (D,) in falling order.
-        items: number of items that they were computed from.
-
-    Raises:
-        UsageError: for fewer items than twice the dimensions.
-    """
-    if items < 2 * len(variances):
-        raise UsageError(f"sigma is not given, and {items} items of {len(variances)} dimensions "
-                         "are too few to estimate it: give --sigma, or a smaller --resolution")
-    return variances[len(variances) // 2:].median().sqrt().item()

@@ -61,10 +61,18 @@ class DataFields(Fields):
     aligned CelebA. 0: the largest there is."""
     channels: Literal[1, 3, 4] | None = None
     """Channels of the images; by default what the files have."""
+    value_range: tuple[float, float] | None = None
+    """.npy, .npz: the two values that become -1 and 1; what lies beyond them is kept. By default 0
+    and 255 of uint8, 0 and 1 or -1 and 1 of floats where the values leave no doubt."""
     stream: bool = False
     """hf: read the data set as a stream instead of downloading it first."""
     shuffle_buffer: Count = 4096
     """--stream: so many images are held, as files, and shuffled at a time."""
+
+    def check(self) -> None:
+        super().check()
+        low, high = self.value_range or (0, 1)
+        self.need(low < high, "value_range", "give the smaller number first")
 
 
 @dataclass(frozen=True)
