@@ -23,38 +23,6 @@ if TYPE_CHECKING:
 _NUMBERS = 50_000 * 3 * 32 * 32
 _SHOWN = 32
 
-MEANING = {
-    "clean": "no noise was found",
-    "gaussian": "white Gaussian noise on all items",
-    "mixture": "white Gaussian noise on some of the items",
-    "coloured": "noise that is correlated between neighbouring pixels",
-    "other": "white noise that is not Gaussian: large errors are too frequent",
-    "salt_pepper": "black and white pixels: salt and pepper",
-    "jpeg": "blocks of 8x8 pixels: JPEG",
-    "outliers": "items that stand far from all others",
-    "constant": "items that do not vary",
-    "unknown": "points vary in all directions: noise and signal cannot be told apart",
-}
-ADVICE = {
-    "clean": ("ddpm", None, "clean data need no robust training, which costs quality"),
-    "gaussian": ("ddpm", "known", "a plain DDPM and one corrected last step remove white noise of "
-                 "known strength, and cost no training"),
-    "mixture": ("ddpm", "known", "a plain DDPM and one corrected last step remove white noise of "
-                "known strength, and cost no training"),
-    "coloured": ("ddpm", "shrink", "the exact correction takes white noise; shrinkage assumes "
-                 "nothing, and costs some contrast"),
-    "other": ("ddpm", "shrink", "the exact correction takes Gaussian noise; shrinkage assumes "
-              "nothing, and costs some contrast"),
-    "salt_pepper": ("ddpm", None, "a median filter removes such pixels before training"),
-    "jpeg": ("ddpm", "shrink", "the exact correction takes white noise; shrinkage assumes nothing, "
-             "and costs some contrast"),
-    "outliers": ("ddpm", None, "remove the items listed first: no objective here ignores them"),
-    "constant": (None, None, "there is nothing to learn"),
-    "unknown": ("robust_adv", None, "nothing can be corrected whose strength is not known"),
-}
-"""kind -> objective to train, baseline to sample with, and why."""
-
-
 @dataclass(frozen=True)
 class DiagnoseConfig:
     """Which data, and where to write what was found."""
@@ -120,6 +88,8 @@ def run(config: DiagnoseConfig) -> dict:
 
 def report(found: Diagnosis, path: Path, total: int | None = None) -> dict:
     """A diagnosis as a JSON-able record, with what to do."""
+    from robustdm.data.noise import ADVICE, MEANING
+
     objective, baseline, why = ADVICE[found.kind]
     commands = []
     if objective is not None:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from robustdm import diagnose
+from robustdm.data import noise
 from robustdm.errors import UsageError
+from robustdm.metrics.noise import Kind
 from robustdm.reporting.images import to_uint8
 from tests.test_noise import noisy, normal, pictures
 
@@ -97,9 +99,7 @@ def test_constant_images(tmp_path, capsys):
 
 
 def test_every_kind_has_advice():
-    from robustdm.metrics.noise import Kind
-
-    assert set(diagnose.ADVICE) == set(diagnose.MEANING) == set(Kind.__args__)
+    assert set(noise.ADVICE) == set(noise.MEANING) == set(Kind.__args__)
 
 
 def test_floats_beyond_black_and_white_are_read_as_they_are(capsys, tmp_path):

@@ -145,8 +145,9 @@ class LoadingFields(Fields):
 class ObjectiveFields(Fields):
     """The loss and the noise schedule."""
 
-    objective: ObjectiveName = "robust_adv"
-    """Loss: plain DDPM, or DDPM with the equivariance (or a control's) regulariser."""
+    objective: Literal[ObjectiveName, "auto"] = "robust_adv"
+    """Loss: plain DDPM, or DDPM with the equivariance (or a control's) regulariser. auto measures
+    the noise of the data and takes the cheapest that removes it, with samples to match."""
     lambda_mode: LambdaMode = "ray"
     """Reading of the paper's lambda_t; see Perturbation."""
     lam: Amount = 0.3
@@ -361,6 +362,9 @@ class RunFields(Fields):
     """Sampling steps of the report's samples, at most `timesteps`."""
     clip_samples: bool = False
     """Clip the predicted image to [-1, 1] while sampling."""
+    correct_samples: bool = False
+    """Draw the report's samples as sample's --baseline known does, if the data carry white noise;
+    ddpm only."""
     max_skipped: Count = 10
     """Consecutive steps with a non-finite loss or gradient after which the run stops."""
     tensorboard: bool = False

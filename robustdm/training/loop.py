@@ -31,6 +31,7 @@ from robustdm.runs.checkpoint import (
 )
 from robustdm.runs.config import TrainConfig
 from robustdm.runs.rundir import RunDir, check_use, parse_json
+from robustdm.training.auto import choose_objective
 from robustdm.training.memory import (
     available_bytes,
     check_fits,
@@ -108,7 +109,7 @@ def _train(config: TrainConfig, progress_mode: str, ranks: Ranks) -> Result:
     if again:  # this job has begun the run, before it failed: it goes on
         config = replace(config, resume=True)
     with ranks.together():
-        config = settle(config)
+        config = settle(choose_objective(config, progress_mode != "off"))
         check_parts(config, ranks.size)
     ranks.same("what was asked for", _asked(config))
     with ranks.together():
@@ -356,7 +357,7 @@ class _Session:
         late = self.ranks.size > 1 and self.saved_step == self.trainer.step - 1
         return stopped, "save" in known and not late
 
-    def _sample(self, sampler: str, steps: int) -> Tensor | None:
+    def _sample(self, sampler: str, steps: int, **settings) -> Tensor | None:
         """Samples for a preview or the report; a signal ends them between two steps.
 
         Returns:
@@ -374,7 +375,7 @@ class _Session:
 
         mine = None
         with contextlib.suppress(_Interrupted):
-            mine = self.trainer.generate(sampler, steps, progress)
+            mine = self.trainer.generate(sampler, steps, progress, **settings)
         received = self.ranks.exchange(self.signals.received)
         self.stop_signal = next((s for s in SIGNALS if s in received), None)
         if self.stop_signal is not None:
@@ -514,7 +515,9 @@ class _Session:
         if self.ranks.main:
             self.progress.message("sampling for the report ...")
         if complete:
-            samples = self._sample(config.final_sampler, config.final_steps)
+            settings = self.outputs.correction() if self.outputs is not None else {}
+            samples = self._sample(config.final_sampler, config.final_steps,
+                                   **self.ranks.exchange(settings)[0])
         else:
             samples = self._sample("ddim", config.preview_steps)
         averaged = trainer.averaged() if trainer.data.is_image else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustdm.data.noise import RECORD, noise_of
 from robustdm.device import device_name
 from robustdm.errors import RunError, UsageError
-from robustdm.method.baselines import CLEAN
+from robustdm.method.baselines import CLEAN, Baseline
 from robustdm.metrics.noise import TooFewItems, smallest_variance
 from robustdm.models import lora
 from robustdm.models.pipeline import replacing, save_pipeline
@@ -120,6 +120,11 @@ class Outputs:
         """Noise that the last step of a chain can be corrected for: white, and learned as it is."""
         white = self.noise.get("kind") in ("gaussian", "mixture")
         return self.noise["rms"] if white and self.config.objective == "ddpm" else None
+
+    def correction(self) -> dict[str, float]:
+        """Settings of the sampler that draw the report's samples without the data's noise."""
+        noise = self._correctable() if self.config.correct_samples else None
+        return {} if noise is None else Baseline("known", noise).settings
 
     def _warn_of_noise(self, samples: dict[str, float]) -> None:
         """Say so if the samples carry most of the noise that the training data have."""

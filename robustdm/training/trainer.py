@@ -346,10 +346,13 @@ class Trainer:
         return self.parallel.predictor(network)
 
     def generate(
-        self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None
+        self, sampler: str, steps: int, progress: Callable[[int, int], None] | None = None,
+        **settings,
     ) -> Tensor:
         """This rank's share of the samples of the averaged weights, from fixed noise: all
         (num_samples, *shape) if it is alone.
+
+        ``settings`` are others of `robustdm.method.sampling.sample`.
 
         With the others' there are a few more than that, for all ranks draw equally many: a sharded
         network is called by all of them, or by none.
@@ -368,6 +371,7 @@ class Trainer:
             batch_size=max(1, 2**22 // int(np.prod(self.data.shape)) // 64),
             device=self.device,
             progress=progress,
+            **settings,
         )
 
     def check_ranks(self) -> None:
