@@ -23,7 +23,7 @@ from robustdm import NoiseSchedule, reproduce, train
 from robustdm.errors import RobustDMError
 from robustdm.method import closed_form
 from robustdm.models import PointMLP, pretrained
-from robustdm.models.pipeline import save_pipeline
+from robustdm.models.pipeline import save_pipeline, write_noise
 from tests.improved_unet import make
 from tests.test_data_cifar import pack, python_files
 
@@ -144,6 +144,7 @@ def prepared(tmp_path_factory):
     assert train.main([
         "--preset", "folder", "--data-dir", str(where / "my_pictures"), "--steps", "9",
         "--stop-after", "1", "--out", str(where / "runs/mine"), *SMALL]) == 0
+    write_noise(where / "runs/mine/pipeline", 0.2)  # as a plain DDPM on noisy data has it
     for name in RUNS[1:]:
         shutil.copytree(where / "runs/mine", where / "runs" / name)
     pack(where / "cifar-10-python.tar.gz", python_files())

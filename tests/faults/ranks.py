@@ -184,6 +184,8 @@ def _kill(trial: Trial, number: int) -> Found:
         # It had not even begun, or has saved and stopped as it was told.
         launcher and rest.code in (-signal.SIGTERM, 0))
     reached, sound = last_step(config.out), newest_sound(config.out)
+    # All steps were saved, and only rank 0 had something left to write.
+    named |= rest.code == 0 and sound == config.steps
     over = rest.code == 0 and (config.out / "summary.json").exists()
     if number % 2:
         again = Job(2, lambda _: train(config), before=job).wait()
