@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Images that are looked at: half a gigabyte of 32x32 in colour.
 _NUMBERS = 50_000 * 3 * 32 * 32
 _SHOWN = 32
+
 
 @dataclass(frozen=True)
 class DiagnoseConfig:
@@ -74,31 +76,36 @@ def run(config: DiagnoseConfig) -> dict:
     """
     from robustdm.metrics.noise import TooFewItems, diagnose
 
-    items, names, total = _read(config)
+    items, names, total, flags = _read(config)
     try:
         found = diagnose(items)
     except TooFewItems as error:
         raise UsageError(f"path is {str(config.path)!r}: {error}") from None
-    record = report(found, config.path, total)
+    record = report(found, total, flags)
     if config.out is not None:
         _write(config.out, record, found, items, names)
     print(json.dumps(record) if config.json else screen(record, config.out))
     return record
 
 
-def report(found: Diagnosis, path: Path, total: int | None = None) -> dict:
-    """A diagnosis as a JSON-able record, with what to do."""
+def report(found: Diagnosis, total: int, flags: str | None) -> dict:
+    """A diagnosis as a JSON-able record, with what to do.
+
+    Args:
+        total: items of the set.
+        flags: that name it to ``robustdm.train``; None for samples, which are not trained on.
+    """
     from robustdm.data.noise import ADVICE, MEANING
 
     objective, baseline, why = ADVICE[found.kind]
     commands = []
-    if objective is not None:
-        commands.append(f"python -m robustdm.train --preset folder --data-dir {path} "
-                        f"--objective {objective}")
+    if objective is not None and flags is not None:
+        commands.append(f"python -m robustdm.train --preset folder {flags} "
+                        f"--objective {objective} --out RUN")
     if baseline is not None:
         commands.append(f"python -m robustdm.sample --run RUN --baseline {baseline}")
     return found.record() | {
-        "of": found.items if total is None else total, "meaning": MEANING[found.kind],
+        "of": total, "meaning": MEANING[found.kind],
         "objective": objective, "baseline": baseline, "recommended": " && ".join(commands),
         "why": why,
     }
@@ -128,8 +135,8 @@ def screen(record: dict, out: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str] | None, int]:
-    """Items in random order, their names, and how many there are in all."""
+def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str], int, str | None]:
+    """Items in random order, their names, how many there are in all, and the flags of `report`."""
     import torch
 
     from robustdm.data.images import image_set
@@ -140,13 +147,19 @@ def _read(config: DiagnoseConfig) -> tuple[Tensor, list[str] | None, int]:
     if samples is not None:
         order = shuffled(config.seed, 0, len(samples))
         order = order[: max(2, _NUMBERS // samples[0].numel())]
-        return samples[order], [f"item {k}" for k in order.tolist()], len(samples)
+        return samples[order], [f"item {k}" for k in order.tolist()], len(samples), None
     fields = {name: getattr(config, name)
               for name in ("data", "resolution", "crop", "channels", "value_range", "seed")}
     _, data, _ = image_set(fields | {"data_dir": config.path, "corrupt_fraction": 0.0})
     order = shuffled(config.seed, 0, len(data))
     order = order[: max(2, _NUMBERS // max(1, torch.Size(data.shape).numel()))]
-    return torch.cat([data.clean(part) for part in order.split(256)]), data.names(order), len(data)
+    flags = {"data": "" if config.data == "images" else config.data, "data-dir": config.path,
+             "resolution": data.shape[-1], "crop": config.crop, "channels": config.channels or "",
+             "value-range": "{:g} {:g}".format(*config.value_range) if config.value_range else ""}
+    words = " ".join(f"--{name} {value if name == 'value-range' else shlex.quote(str(value))}"
+                     for name, value in flags.items() if value)
+    items = torch.cat([data.clean(part) for part in order.split(256)])
+    return items, data.names(order), len(data), words
 
 
 def _write(out: Path, record: dict, found: Diagnosis, items: Tensor,

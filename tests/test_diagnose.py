@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from robustdm import diagnose
+from robustdm.cli import parse_train
 from robustdm.data import noise
 from robustdm.errors import UsageError
 from robustdm.metrics.noise import Kind
@@ -37,7 +38,9 @@ def test_one_json_object_alone(noisy_npy, capsys):
     assert found["sigma"] == pytest.approx(0.2, rel=0.05)
     assert found["share"] == pytest.approx(0.9, abs=0.05)
     assert found["rms"] == pytest.approx(0.19, rel=0.05)
-    assert "--objective ddpm" in found["recommended"] and "--baseline known" in found["recommended"]
+    first, second = found["recommended"].split(" && ")
+    parse_train(first.split()[3:])  # the flags are those of training
+    assert "--resolution 32 --objective ddpm" in first and "--baseline known" in second
 
 
 def test_the_screen_and_the_page(noisy_npy, capsys, tmp_path):
@@ -75,6 +78,7 @@ def test_points_and_samples_of_a_run(capsys, tmp_path):
     np.savez(tmp_path / "samples.npz", samples=points.numpy())
     found = json.loads(call(capsys, tmp_path, "--json"))
     assert found["kind"] == "gaussian" and found["rms"] == pytest.approx(0.1, rel=0.1)
+    assert found["recommended"] == "python -m robustdm.sample --run RUN --baseline known"
     np.savez(tmp_path / "samples.npz", samples=(pictures(200, 32) * 1.1).numpy())
     assert json.loads(call(capsys, tmp_path, "--json"))["kind"] == "clean", "unclipped samples"
 
@@ -107,3 +111,4 @@ def test_floats_beyond_black_and_white_are_read_as_they_are(capsys, tmp_path):
     np.save(tmp_path / "x.npy", 1000 * images.numpy())
     found = json.loads(call(capsys, tmp_path / "x.npy", "--json", "--value-range", -1000, 1000))
     assert found["kind"] == "gaussian" and found["sigma"] == pytest.approx(0.4, rel=0.03)
+    assert "--value-range -1000 1000" in found["recommended"]
