@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "draw samples from a run",
     "data": "look at a data set before training on it",
     "diagnose": "say what noise is in a data set, and what to do",
+    "denoise": "remove the noise of your own pictures with a trained run",
     "plan": "choose settings from what is known of the data",
     "evaluate": "measure samples against clean data",
     "memorise": "look for training items among the samples",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from robustdm.cli import guard
-from robustdm.errors import RunError, UsageError
+from robustdm.errors import RunError
 from robustdm.flags import ComputeFlags, SamplingFlags, parse_flags
 
 GRID_SAMPLES = 64
@@ -83,11 +83,12 @@ def _generate(config: SampleConfig, ranks) -> Path:
     from robustdm.models.inference import fast_network
     from robustdm.models.load_run import load_run
     from robustdm.reporting.progress import sampling_progress
+    from robustdm.runs.rundir import check_out
 
     out = config.run / "generated" if config.out is None else config.out
     with ranks.together():
         if ranks.main:
-            _check_out(out, config.overwrite)
+            check_out(out, RECORD, config.overwrite)
         device = resolve_device(config.device)
         run = load_run(config.run, config.ema, device, config.checkpoint)
     ranks.same_weights("the step and the bits of the weights", run.model.parameters(),
@@ -161,20 +162,6 @@ def _prepare(
               f"({network.off['compile']})", flush=True)
     if "cuda_graph" in network.off:
         print(f"warning: no CUDA graph could be captured ({network.off['cuda_graph']})", flush=True)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"out is {str(out)!r}: that is a file; name a folder")
-        if out.is_dir() and any(out.iterdir()):
-            if not (out / RECORD).is_file():
-                raise UsageError(f"out is {str(out)!r}: it holds other files; name another folder")
-            if not overwrite:
-                raise UsageError(f"out is {str(out)!r}: it holds samples; name another folder or "
-                                 "add --overwrite")
-    except OSError as error:
-        raise UsageError(f"out is {str(out)!r}: it cannot be read ({error.strerror})") from None
 
 
 def _record(config: SampleConfig, run, clip: bool, seconds: float, made: dict) -> dict:

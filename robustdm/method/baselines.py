@@ -160,6 +160,31 @@ def from_flags(
     return Baseline(method, strength, **given)
 
 
+@torch.no_grad()
+def denoise(
+    model: nn.Module, schedule: NoiseSchedule, x: Tensor, sigma: float, stop: float = 0.5
+) -> Tensor:
+    """Data without their noise, by one call of a network that learned noisy data.
+
+    The last step of ``known``, from the data themselves: they are taken for a state at the timestep
+    where s / a is nearest to stop * sigma, with no noise added. Far below that timestep the network
+    knows the direction of the noise badly (of digits, a tenth of sigma removes nothing), far above
+    it blurs.
+
+    Args:
+        model: what ``predict_noise`` takes, trained as a plain DDPM.
+        x: (B, ...) data with noise of standard deviation ``sigma``.
+
+    Returns:
+        Shaped like x.
+    """
+    noise = schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod
+    t = int((noise - stop * sigma).abs().argmin())
+    level, a = noise[t].item(), schedule.sqrt_alphas_cumprod[t].item()
+    eps = predict_noise(model, a * x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
+    return x - (1 + (sigma / level) ** 2) * level * eps
+
+
 class Shrunk(nn.Module):
     """A DDPM's network, queried as if the noise had the variance s^2 (1 + c_t).
 

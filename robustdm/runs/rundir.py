@@ -451,3 +451,19 @@ def git_revision() -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def check_out(out: Path, record: str, overwrite: bool) -> None:
+    """Raise a UsageError unless a command may write its results to a folder: one that is new or
+    empty, or holds an earlier call's, which its record marks, and may be replaced."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"out is {str(out)!r}: that is a file; name a folder")
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / record).is_file():
+                raise UsageError(f"out is {str(out)!r}: it holds other files; name another folder")
+            if not overwrite:
+                raise UsageError(f"out is {str(out)!r}: it holds results; name another folder or "
+                                 "add --overwrite")
+    except OSError as error:
+        raise UsageError(f"out is {str(out)!r}: it cannot be read ({error.strerror})") from None
