@@ -77,6 +77,10 @@ def run(config: DiagnoseConfig) -> dict:
     from robustdm.metrics.noise import TooFewItems, diagnose
 
     items, names, total, flags = _read(config)
+    if not bool(items.isfinite().all()):
+        bad = names[int((~items.isfinite()).flatten(1).any(1).nonzero()[0])]
+        raise UsageError(f"path is {str(config.path)!r}: {bad} holds NaN or infinity; the run that "
+                         "made it has diverged")
     try:
         found = diagnose(items)
     except TooFewItems as error:

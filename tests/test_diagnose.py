@@ -95,6 +95,20 @@ def test_what_cannot_be_diagnosed(content, words, tmp_path, capsys):
         diagnose.main([str(path)])
 
 
+def test_samples_of_a_run_that_has_diverged(tmp_path):
+    samples = normal(40, 3, 16, 16)
+    samples[7, 0, 3, 3] = float("nan")
+    np.savez(tmp_path / "samples.npz", samples=samples.numpy())
+    with pytest.raises(UsageError, match="item 7 holds NaN or infinity"):
+        diagnose.main([str(tmp_path)])
+
+
+def test_copies_of_one_image(tmp_path, capsys):
+    """No item's noise is above another's."""
+    path = saved(tmp_path / "x.npy", noisy(pictures(1, 32), 0.2)[0].expand(50, 3, 32, 32))
+    assert json.loads(call(capsys, path, "--json"))["share"] == 1
+
+
 def test_constant_images(tmp_path, capsys):
     path = saved(tmp_path / "x.npy", torch.full((20, 3, 16, 16), 0.5))
     found = json.loads(call(capsys, path, "--json"))

@@ -166,7 +166,7 @@ def mixture(data: Tensor, rms: float | None = None) -> Mixture:
         if low < high / 2:
             share, noisy = upper.double().mean().item(), upper
             sigma = rms / share**0.5
-    elif images:
+    elif images and upper.any():
         # The upper group's upper half is noisy beyond doubt; its lower end may be texture.
         sure = raw >= raw[upper].median()
         if min(int((~upper).sum()), int(sure.sum())) >= 2:
@@ -296,7 +296,9 @@ def isolated(data: Tensor, neighbours: int = 20) -> Tensor:
         return none
     x = x - x.mean(0)
     if x.shape[1] > 64:
-        x = x @ torch.pca_lowrank(x, 64, center=False)[2]
+        with torch.random.fork_rng(devices=[]):  # training's own numbers are left alone
+            torch.default_generator.manual_seed(0)
+            x = x @ torch.pca_lowrank(x, min(64, *x.shape), center=False)[2]
     far = torch.cat([torch.cdist(part, x).topk(neighbours + 1, largest=False).values[:, -1]
                      for part in x.split(1024)])
     # Copies of one item are no nearer than rounding can tell.

@@ -188,7 +188,7 @@ class Outputs:
                 f"{out}: make room, then --resume writes what is missing"
             )
         noise = {"training data": self.noise} if self.noise else {}
-        if len(samples) >= _FEW:
+        if len(samples) >= _FEW and bool(samples.isfinite().all()):
             with contextlib.suppress(TooFewItems):
                 noise["samples"] = {"rms": smallest_variance(samples) ** 0.5}
         summary = {
