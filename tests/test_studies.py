@@ -54,7 +54,6 @@ from robustdm.studies.table1 import Table1
 from robustdm.studies.table2 import Table2
 from robustdm.studies.tradeoff import EqualSignal, at_equal_signal
 
-UNMEASURED = {"known"}  # studies without a record yet
 GONE = "DDPM, stopped early"  # a baseline that records still have
 KEPT = Path(__file__).parent.parent / "benchmarks/results/cpu"
 QUICK = dict(samples=40, sampler="ddim", sampling_steps=3)
@@ -458,7 +457,7 @@ def test_calibration(tmp_path, monkeypatch, capsys):
     assert all(c["holds"] is None for c in results["claims"]), "pixels are not Inception's"
 
 
-@pytest.mark.parametrize("name", [n for n in STUDIES if n not in UNMEASURED])
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_kept_record_is_judged_as_it_was(name, tmp_path, monkeypatch):
     path = KEPT / "reproduction" / f"{name}.json"
     path = path if path.exists() else KEPT / f"{name}.json"

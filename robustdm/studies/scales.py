@@ -155,7 +155,7 @@ class Scale:
         for arm in {(a.group, a.config.seed): a for a in reversed(arms)}.values():
             seed, sigma = arm.config.seed, arm.config.corrupt_sigma
             for name in (CLEAN, *([TRAINING] if sigma else [])):
-                key = seed, name, sigma if name == TRAINING else None
+                key = arm.config.data, seed, name, sigma if name == TRAINING else None
                 if key not in known:
                     data, points = self._points(arm, name)
                     known[key] = self._add(measures_of(arm, data, points), points, arm, truths)
